@@ -1,0 +1,113 @@
+"""Files that are whole or not there: written under a temporary name, then renamed."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def whole_file(path: Path | str) -> Iterator[Path]:
+    """A temporary path beside ``path`` that becomes ``path`` when the block ends without an exception.
+
+    Raises:
+        ValueError: the folder cannot be made or written to, or the disk is full; ``path`` keeps what it held.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)  # mkstemp makes private files
+        partial.replace(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path | str) -> Path:
+    """Make a folder and its parents.
+
+    Raises:
+        ValueError: it cannot be made, or cannot be written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"Cannot write to the folder {folder}: name another one.")
+    return folder
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file whole or not at all (see :func:`whole_file`)."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path | str, content: Any) -> None:
+    """Write ``content`` as indented JSON, whole or not at all (see :func:`whole_file`)."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path | str, what: str) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        what: what it should hold, for the error.
+
+    Raises:
+        ValueError: there is no such file, or it is not JSON.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"Cannot read {what} from {path}: {error}. Check the path.") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not {what}: it is not valid JSON ({error}). Make it anew.") from error
+
+
+def _cannot_write(path: Path, error: OSError) -> ValueError:
+    return ValueError(f"Cannot write {path}: {error.strerror or error}. Free some space or name another place.")
+
+
+@contextmanager
+def whole_folder(folder: Path | str) -> Iterator[Path]:
+    """A temporary folder that becomes ``folder`` when the block ends without an exception.
+
+    Raises:
+        ValueError: ``folder`` exists and is not empty, cannot be written to, or the disk is full. Nothing stays behind.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"The folder {folder} is not empty: remove it, or name another one.")
+    parent = make_folder(folder.parent)
+    partial = Path(tempfile.mkdtemp(dir=parent, prefix=f".{folder.name}."))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        partial.replace(folder)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    except Exception as error:  # safetensors reports a full disk by an error of its own
+        if "No space left" in str(error) or "File too large" in str(error):
+            raise ValueError(f"Cannot write {folder}: {error}. Free some space or name another place.") from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

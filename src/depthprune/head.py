@@ -1,0 +1,63 @@
+"""The trunk and the head apart: hidden states, and the loss in chunks that never hold a ``(B, T, V)`` fp32 tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+Batch = Mapping[str, Tensor]
+"""``input_ids (B, T)``, and where there is padding ``attention_mask (B, T)``; may carry more."""
+
+CHUNK = 512  # positions whose logits are held at once
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """One forward of the trunk without cache and head: the normed last hidden states, ``(B, T, D)``."""
+    return model.get_decoder()(
+        input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False
+    ).last_hidden_state
+
+
+def predicted_mask(batch: Batch) -> Tensor:
+    """Which next tokens count, ``(B, T - 1)`` bool: those that are not padding, predicted from one that is not."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return torch.ones_like(batch["input_ids"][:, 1:], dtype=torch.bool)
+    return mask[:, 1:].bool() & mask[:, :-1].bool()
+
+
+def token_losses(model: PreTrainedModel, batch: Batch, hidden: Tensor | None = None) -> Tensor:
+    """Cross-entropy in nats of every next token, ``(B, T - 1)`` fp32; padding included (see :func:`predicted_mask`).
+
+    Args:
+        model: the model whose head is used.
+        batch: the tokens.
+        hidden: the trunk's output for this batch, if it is there already.
+    """
+    hidden = hidden_states(model, batch) if hidden is None else hidden
+    targets = batch["input_ids"][:, 1:]
+    rows = hidden[:, :-1].flatten(0, 1)
+    losses = []
+    for row_chunk, target_chunk in zip(rows.split(CHUNK), targets.flatten().split(CHUNK), strict=True):
+        if torch.is_grad_enabled() and row_chunk.requires_grad:
+            losses.append(checkpoint(_chunk_losses, model, row_chunk, target_chunk, use_reentrant=False))
+        else:
+            losses.append(_chunk_losses(model, row_chunk, target_chunk))
+    return torch.cat(losses).view_as(targets)
+
+
+def _chunk_losses(model: PreTrainedModel, rows: Tensor, targets: Tensor) -> Tensor:
+    logits = model.get_output_embeddings()(rows)
+    return functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def on_device(batches: Iterable[Batch], model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """The batches on the device where the model takes its input."""
+    device = model.get_input_embeddings().weight.device
+    for batch in batches:
+        yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

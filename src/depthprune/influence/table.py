@@ -1,0 +1,173 @@
+"""The one result table of all influence metrics: higher means keep."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from depthprune.files import read_json, write_json, write_text
+from depthprune.names import unknown_name
+from depthprune.sites import KINDS, Fingerprint, PruningPlan, Removal, Site
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TABLE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class InfluenceTable:
+    """The influence of sites under one or more metrics.
+
+    Attributes:
+        values: metric name to site to influence; higher means keep.
+        fingerprint: the unpruned model that was scored.
+        provenance: text, tokens, seed, denominator and the like.
+        mean_updates: the mean update ``(D,)`` of each site from the same pass, if it was taken; not saved.
+    """
+
+    values: Mapping[str, Mapping[Site, float]]
+    fingerprint: Fingerprint
+    provenance: Mapping[str, Any]
+    mean_updates: Mapping[Site, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def __getitem__(self, metric: str) -> dict[str, float]:
+        """One metric's influence by site name, such as ``table["cosine"]["attention.12"]``.
+
+        Raises:
+            ValueError: the table does not have the metric.
+        """
+        return {str(site): value for site, value in self.of_metric(metric).items()}
+
+    def of_metric(self, metric: str) -> Mapping[Site, float]:
+        """One metric's influence by site.
+
+        Raises:
+            ValueError: the table does not have the metric.
+        """
+        if metric not in self.values:
+            raise unknown_name("metric (of this table)", metric, self.values)
+        return self.values[metric]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics' names."""
+        return tuple(self.values)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The scored sites, in depth order."""
+        return tuple(sorted({site for column in self.values.values() for site in column}))
+
+    def order(self, metric: str, kinds: Sequence[str]) -> list[Site]:
+        """Sites of these kinds, the first to remove first. Of equals, the deeper goes first.
+
+        Raises:
+            ValueError: unknown metric or kind, a kind that was not scored, or a value that is not finite.
+        """
+        column = self.of_metric(metric)
+        for kind in kinds:
+            if kind not in KINDS:
+                raise unknown_name("kind of site", kind, KINDS)
+            if not any(site.kind == kind for site in column):
+                raise ValueError(f"The table holds no {kind} sites: score them first.")
+        chosen = [site for site in column if site.kind in kinds]
+        for site in chosen:
+            if not math.isfinite(column[site]):
+                raise ValueError(f"The {metric} influence of {site} is {column[site]}: check the model and the text.")
+        return sorted(chosen, key=lambda site: (column[site], -site.index))
+
+    def plan(
+        self, metric: str, kinds: Sequence[str], remove: int, replacement: str = "none", **options: Any
+    ) -> PruningPlan:
+        """The plan that removes the sites of lowest influence.
+
+        A site that overlaps one that goes already is passed over.
+
+        Raises:
+            ValueError: unknown metric or kind, or more to remove than there is.
+        """
+        order = self.order(metric, kinds)
+        chosen: list[Site] = []
+        for site in order:
+            if len(chosen) == remove:
+                break
+            if not any(site.index == other.index and "block" in (site.kind, other.kind) for other in chosen):
+                chosen.append(site)
+        if remove < 1 or len(chosen) < remove:
+            raise ValueError(f"Cannot remove {remove} of {len(order)} {' and '.join(kinds)} sites: choose fewer.")
+        provenance = {**self.provenance, "metric": metric, "kinds": list(kinds)}
+        return PruningPlan(
+            tuple(Removal((site,), replacement, options) for site in chosen), self.fingerprint, provenance
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table as JSON-ready data."""
+        return {
+            "depthprune_influence": TABLE_VERSION,
+            "provenance": dict(self.provenance),
+            "fingerprint": {
+                "architecture": dict(self.fingerprint.architecture),
+                "weights": self.fingerprint.weights,
+            },
+            "values": {
+                metric: {str(site): value for site, value in column.items()} for metric, column in self.values.items()
+            },
+        }
+
+    def to_json(self, path: Path | str) -> None:
+        """Write the table as JSON, whole or not at all."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def from_dict(cls, data: Any, origin: str = "the table") -> InfluenceTable:
+        """Read what :meth:`to_dict` gave.
+
+        Raises:
+            ValueError: it is not an influence table, or one of another version.
+        """
+        if not isinstance(data, dict) or data.get("depthprune_influence") != TABLE_VERSION:
+            raise ValueError(
+                f"{origin} is not an influence table of version {TABLE_VERSION}: make one with `depthprune influence`."
+            )
+        try:
+            values = {
+                metric: {Site.parse(site): float(value) for site, value in column.items()}
+                for metric, column in data["values"].items()
+            }
+            fingerprint = Fingerprint(data["fingerprint"]["architecture"], data["fingerprint"]["weights"])
+            return cls(values, fingerprint, data["provenance"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{origin} is a damaged influence table ({error!r}): make it anew.") from error
+
+    @classmethod
+    def load(cls, path: Path | str) -> InfluenceTable:
+        """Read a table's JSON file.
+
+        Raises:
+            ValueError: there is no such file, or it is not an influence table.
+        """
+        return cls.from_dict(read_json(path, "an influence table"), str(path))
+
+    def to_csv(self, path: Path | str) -> None:
+        """Write one row for each site: its name, kind, block and one column for each metric."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["site", "kind", "block", *self.metrics])
+        for site in self.sites:
+            row = [self.values[metric].get(site, "") for metric in self.metrics]
+            writer.writerow([str(site), site.kind, site.index, *row])
+        write_text(path, text.getvalue())
+
+    def plot(self) -> Figure:
+        """Influence by depth, one panel for each kind of site and metric."""
+        from depthprune.figures import influence_figure
+
+        return influence_figure(self)

@@ -1,0 +1,242 @@
+"""Load and save models: an embedded name, a hub name or a folder, pruned or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from depthprune import embedded
+from depthprune.families import family_of, pruning_record
+from depthprune.files import whole_folder, write_json
+from depthprune.names import unknown_name
+from depthprune.sites import PruningPlan
+from depthprune.surgery import open_slots, restore_structure
+
+MODEL_TYPE = "depthprune"
+"""``model_type`` of a folder that only depthprune opens."""
+
+FOLDER_VERSION = 1
+WEIGHTS = "depthprune{suffix}.safetensors"
+PLAN_FILE = "plan.json"
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    attn_implementation: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer, in evaluation mode.
+
+    Args:
+        name: an embedded model's name, a hub name (``owner/name``), or a folder, also one that :func:`save` wrote.
+        dtype: ``"auto"`` (as saved), ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+        revision: branch, tag or commit on the hub.
+        device_map: as in transformers: ``"auto"``, a device, or a map from modules to devices.
+        attn_implementation: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"``, ...
+
+    Raises:
+        ValueError: there is no such model, its family is not known, or it is quantised. Code from the hub is never run.
+    """
+    source = _resolve(name)
+    torch_dtype = parse_dtype(dtype)
+    config = _config_dict(source, revision)
+    if config.get("model_type") == MODEL_TYPE:
+        folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, revision=revision))
+        model = _load_pruned(folder, config, torch_dtype, device_map, attn_implementation)
+    else:
+        family_of(config.get("model_type", "without model_type"))
+        if config.get("quantization_config"):
+            method = config["quantization_config"].get("quant_method", "quantised")
+            raise ValueError(f"{name} is quantised ({method}), which depthprune does not prune: name its full weights.")
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=revision,
+                dtype=torch_dtype,
+                device_map=device_map,
+                attn_implementation=attn_implementation,
+                trust_remote_code=False,
+            )
+        except OSError as error:
+            raise ValueError(f"Cannot load the model {name}: {_first_line(error)}") from error
+    return model.eval(), load_tokenizer(name, revision=revision)
+
+
+def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load only the tokenizer of a model (see :func:`load`).
+
+    Raises:
+        ValueError: there is no such model, or it has no tokenizer.
+    """
+    source = _resolve(name)
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"Cannot load the tokenizer of {name}: {_first_line(error)}") from error
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path | str) -> Path:
+    """Save a model, whole or not at all.
+
+    A model from which only whole blocks went, with nothing in their place, becomes a plain folder that
+    ``AutoModelForCausalLM`` opens. Any other pruned model becomes a folder with ``model_type: depthprune`` and its own
+    weight file, which the Auto classes refuse by name and :func:`load` opens.
+
+    Args:
+        model: a model without open slots.
+        tokenizer: saved beside it, if given.
+        folder: a folder that does not exist yet or is empty.
+
+    Raises:
+        ValueError: the model still has open slots, the folder is not empty, or it cannot be written.
+    """
+    if open_slots(model):
+        raise ValueError("The model's sites can still be switched: remove them for good with depthprune.prune first.")
+    record = pruning_record(model)
+    folder = Path(folder)
+    with whole_folder(folder) as partial:
+        if record is None or PruningPlan.from_dict(record["plan"]).is_plain:
+            model.save_pretrained(partial)
+        else:
+            base_config = model.config.to_dict()
+            base_config.pop("depthprune")
+            base_config["dtype"] = str(model.dtype).removeprefix("torch.")
+            write_json(
+                partial / "config.json",
+                {
+                    "model_type": MODEL_TYPE,
+                    "depthprune_version": FOLDER_VERSION,
+                    "how_to_load": "depthprune.load(folder)",
+                    "base_config": base_config,
+                    "record": record,
+                },
+            )
+            save_torch_state_dict(
+                {key: tensor.contiguous() for key, tensor in model.state_dict().items()},
+                partial,
+                filename_pattern=WEIGHTS,
+                shared_tensors_to_discard=list(model.all_tied_weights_keys),
+            )
+            model.generation_config.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        if record is not None:
+            PruningPlan.from_dict(record["plan"]).save(partial / PLAN_FILE)
+    return folder
+
+
+def parse_dtype(dtype: str) -> torch.dtype | str:
+    """A dtype by name, or ``"auto"``.
+
+    Raises:
+        ValueError: no such dtype, or one that a model cannot have.
+    """
+    names = ("float32", "bfloat16", "float16")
+    if dtype == "auto":
+        return dtype
+    if dtype not in names:
+        raise unknown_name("dtype", dtype, ["auto", *names])
+    return getattr(torch, dtype)
+
+
+def _resolve(name: str | Path) -> str:
+    """An embedded name's folder, an existing folder, or a hub name, as transformers takes it."""
+    text = str(name)
+    if text in embedded.MODELS:
+        return str(embedded.model_folder(text))
+    path = Path(text).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"The folder {text} holds no model: it has no config.json.")
+        return str(path)
+    is_hub_name = text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith("/")
+    if not is_hub_name or path.parent.is_dir():
+        raise unknown_name("model (neither an embedded name, a hub name, nor a folder)", text, embedded.MODELS)
+    return text
+
+
+def _config_dict(source: str, revision: str | None) -> dict[str, Any]:
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    except (OSError, HFValidationError) as error:
+        raise ValueError(f"Cannot load the model {source}: {_first_line(error)}") from error
+    return config
+
+
+def _load_pruned(
+    folder: Path,
+    content: dict[str, Any],
+    dtype: torch.dtype | str,
+    device_map: str | dict[str, Any] | None,
+    attn_implementation: str | None,
+) -> PreTrainedModel:
+    """Rebuild a pruned model's structure without weights, then give it the saved ones."""
+    if content.get("depthprune_version") != FOLDER_VERSION:
+        raise ValueError(
+            f"{folder} was written in format {content.get('depthprune_version')}, and this depthprune reads "
+            f"{FOLDER_VERSION}: open it with the version that wrote it."
+        )
+    base_config = dict(content["base_config"])
+    config = AutoConfig.for_model(base_config.pop("model_type"), **base_config)
+    saved_dtype = parse_dtype(base_config["dtype"])
+    model_dtype = saved_dtype if dtype == "auto" else dtype
+    assert isinstance(model_dtype, torch.dtype)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=model_dtype, attn_implementation=attn_implementation)
+        restore_structure(model, content["record"])
+    state = _read_weights(folder)
+    tied = set(model.all_tied_weights_keys)
+    cast = {key: tensor if ".replacement." in key else tensor.to(model_dtype) for key, tensor in state.items()}
+    missing, unexpected = model.load_state_dict(cast, strict=False, assign=True)
+    if set(missing) - tied or unexpected:
+        raise ValueError(
+            f"{folder} is damaged: its weights lack {sorted(set(missing) - tied)} and have {sorted(unexpected)} too "
+            "many. Save it anew."
+        )
+    model.requires_grad_(True)
+    model.tie_weights()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if isinstance(device_map, str) and device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return model.to(device_map)
+    if device_map is not None:
+        if isinstance(device_map, str):
+            device_map = infer_auto_device_map(model, no_split_module_classes=list(model._no_split_modules or []))
+        return dispatch_model(model, device_map)
+    return model
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    files = sorted(folder.glob(WEIGHTS.format(suffix="*")))
+    if not files:
+        raise ValueError(f"{folder} is damaged: it has no {WEIGHTS.format(suffix='')}. Save it anew.")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            state.update(load_file(file))
+        except Exception as error:  # safetensors raises an error type that it does not export
+            raise ValueError(f"{file} is damaged ({_first_line(error)}): save the model anew.") from error
+    return state
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -1,0 +1,214 @@
+"""Streaming sums over sites: memory does not grow with the number of tokens.
+
+While a model runs, each block reports its sites; metrics add up what they need and let the activations go. Per-token
+values are fp32, sums fp64 and torchmetrics states, so that several processes pool them by tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from transformers import PreTrainedModel
+
+from depthprune.families import Anatomy
+from depthprune.head import Batch, hidden_states, on_device
+from depthprune.sites import Site
+
+
+class Vectors:
+    """Vectors of the tokens that count, ``(N, D)`` in fp32, with norms that are computed once."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    @cached_property
+    def l1(self) -> Tensor:
+        """L1 norm of each token, ``(N,)``."""
+        return torch.linalg.vector_norm(self.values, ord=1, dim=-1)
+
+    @cached_property
+    def l2(self) -> Tensor:
+        """L2 norm of each token, ``(N,)``."""
+        return torch.linalg.vector_norm(self.values, ord=2, dim=-1)
+
+
+class Observation:
+    """What one site did in one batch: the stream before and after it, and their difference.
+
+    Attributes:
+        site: the site.
+        before: the stream before the site, ``(N, D)``.
+        after: the stream after the site, ``(N, D)``.
+    """
+
+    def __init__(self, site: Site, before: Vectors, after: Vectors) -> None:
+        self.site = site
+        self.before = before
+        self.after = after
+
+    @cached_property
+    def update(self) -> Vectors:
+        """What the site added to the stream, ``(N, D)``."""
+        return Vectors(self.after.values - self.before.values)
+
+
+@contextmanager
+def observed(
+    model: PreTrainedModel, sites: Sequence[Site], report: Callable[[Observation], None]
+) -> Iterator[Callable[[Tensor | None], None]]:
+    """Report every site of a model whenever its block has run.
+
+    Args:
+        model: the model; its sites run as they are switched.
+        sites: which sites to report.
+        report: called with each observation.
+
+    Yields:
+        A function that takes the next batch's ``attention_mask (B, T)`` or None; tokens with 0 are left out.
+    """
+    anatomy = Anatomy.of(model)
+    assert anatomy.family.residual == "sequential"
+    wanted = set(sites)
+    keep: list[Tensor | None] = [None]
+    stream: dict[str, Any] = {}  # the stream of the present block, and the last one that was turned into vectors
+
+    def vectors(tensor: Tensor) -> Vectors:
+        if stream.get("tensor") is not tensor:
+            rows = tensor.detach().flatten(0, 1)
+            if keep[0] is not None:
+                rows = rows[keep[0].to(rows.device)]
+            stream.update(tensor=tensor, vectors=Vectors(rows.float()))
+        return stream["vectors"]
+
+    def block_starts(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stream["before"] = args[0] if args else kwargs["hidden_states"]
+
+    def attention_ends(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        stream["attention"] = output[0]
+
+    def block_ends(index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        here = {kind: Site(index, kind) for kind in ("block", "attention", "mlp")}
+
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+            before = vectors(stream["before"])
+            if here["attention"] in wanted or here["mlp"] in wanted:
+                between = vectors(stream["before"] + stream.pop("attention"))
+                if here["attention"] in wanted:
+                    report(Observation(here["attention"], before, between))
+            after = vectors(output)
+            if here["mlp"] in wanted:
+                report(Observation(here["mlp"], between, after))
+            if here["block"] in wanted:
+                report(Observation(here["block"], before, after))
+
+        return hook
+
+    handles = []
+    try:
+        for block, index in zip(anatomy.blocks, anatomy.kept_blocks, strict=True):
+            handles.append(block.register_forward_pre_hook(block_starts, with_kwargs=True))
+            if {Site(index, "attention"), Site(index, "mlp")} & wanted:
+                attention = block.get_submodule(anatomy.family.attention)
+                handles.append(attention.register_forward_hook(attention_ends))
+            handles.append(block.register_forward_hook(block_ends(index)))
+
+        def next_mask(mask: Tensor | None) -> None:
+            stream.clear()
+            keep[0] = None if mask is None or bool(mask.all()) else mask.flatten().bool()
+
+        yield next_mask
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class SiteMetric(Metric):
+    """Base of metrics over sites: ``update`` takes one observation.
+
+    Args:
+        sites: the sites, in the order of the states' rows.
+    """
+
+    full_state_update = False
+
+    def __init__(self, sites: Sequence[Site], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.sites = tuple(sites)
+        self.row = {site: row for row, site in enumerate(self.sites)}
+
+
+class MeanUpdates(SiteMetric):
+    """The mean update of each site, ``{site: (D,) fp32}``: what the emulated update adds (arXiv 2407.16286)."""
+
+    sums: Tensor
+    tokens: Tensor
+
+    def __init__(self, sites: Sequence[Site], hidden_size: int, **kwargs: Any) -> None:
+        super().__init__(sites, **kwargs)
+        self.add_state("sums", torch.zeros(len(self.sites), hidden_size, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros(len(self.sites), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, observation: Observation) -> None:
+        """Add one site's tokens of one batch."""
+        row = self.row[observation.site]
+        values = observation.update.values
+        self.sums[row] += values.sum(0).to(self.sums)
+        self.tokens[row] += values.shape[0]
+
+    def compute(self) -> dict[Site, Tensor]:
+        """The means over all tokens so far."""
+        means = (self.sums / self.tokens[:, None]).float()
+        return {site: means[row] for row, site in enumerate(self.sites)}
+
+
+@torch.no_grad()
+def run_observed(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    sites: Sequence[Site],
+    metrics: Sequence[SiteMetric],
+) -> int:
+    """Run the trunk over batches, in evaluation mode, and let every metric see every site.
+
+    Returns:
+        The number of tokens that counted, in this process.
+
+    Raises:
+        ValueError: there is no token to count.
+    """
+    tokens = 0
+    was_training = model.training
+    model.eval()
+    device = model.get_input_embeddings().weight.device
+    for metric in metrics:
+        metric.to(device)
+
+    def report(observation: Observation) -> None:
+        for metric in metrics:
+            metric.update(observation)
+
+    try:
+        with observed(model, sites, report) as next_mask:
+            for batch in on_device(batches, model):
+                mask = batch.get("attention_mask")
+                next_mask(mask)
+                hidden_states(model, batch)
+                tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
+    finally:
+        model.train(was_training)
+    if tokens == 0:
+        raise ValueError("There is no token to score or calibrate on: the batches are empty or all padding.")
+    return tokens
+
+
+def mean_updates(model: PreTrainedModel, batches: Iterable[Batch], sites: Sequence[Site]) -> Mapping[Site, Tensor]:
+    """The mean update of each site over batches, in the stream of the model as it is switched, ``{site: (D,)}``."""
+    metric = MeanUpdates(sites, Anatomy.of(model).hidden_size)
+    run_observed(model, batches, sites, [metric])
+    return metric.compute()

@@ -1,0 +1,66 @@
+"""Plans carried out: reversibly for a while, or for good."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedModel
+
+from depthprune.head import Batch
+from depthprune.recovery.closed_form import calibrate_on, sites_to_measure
+from depthprune.sites import PruningPlan
+from depthprune.surgery import install_slots, remove_for_good, remove_slots
+
+
+@contextmanager
+def swapped(
+    model: PreTrainedModel, plan: PruningPlan, batches: Iterable[Batch] | None = None
+) -> Iterator[PreTrainedModel]:
+    """Prune a model for the length of a block; afterwards, also after an exception, it is what it was, bit for bit.
+
+    Args:
+        model: the model.
+        plan: what to remove and what stands there.
+        batches: text to calibrate the replacements on; needed if the plan has any.
+
+    Raises:
+        ValueError: the plan does not fit the model, or batches are needed and missing.
+    """
+    install_slots(model, plan)
+    try:
+        _calibrate(model, plan, batches)
+        yield model
+    finally:
+        remove_slots(model)
+
+
+def prune(model: PreTrainedModel, plan: PruningPlan, batches: Iterable[Batch] | None = None) -> PreTrainedModel:
+    """Prune a model for good, in place.
+
+    Args:
+        model: the model; its removed parts are dropped from it.
+        plan: what to remove and what stands there.
+        batches: text to calibrate the replacements on; needed if the plan has any.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the plan does not fit the model, or batches are needed and missing; the model is unchanged.
+    """
+    install_slots(model, plan)
+    try:
+        _calibrate(model, plan, batches)
+    except BaseException:
+        remove_slots(model)
+        raise
+    remove_for_good(model, plan)
+    return model
+
+
+def _calibrate(model: PreTrainedModel, plan: PruningPlan, batches: Iterable[Batch] | None) -> None:
+    if batches is not None:
+        calibrate_on(model, plan, batches)
+    elif sites_to_measure(model, plan):
+        raise ValueError("The plan's replacements must be calibrated: give batches of text.")

@@ -1,0 +1,255 @@
+"""Sites, removals and pruning plans: pure data that names what is removed and what stands in its place."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from depthprune.files import read_json, write_json
+from depthprune.names import unknown_name
+
+KINDS = ("block", "attention", "mlp")
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """A place that can be removed: a whole block, or only its attention or MLP.
+
+    Attributes:
+        index: the block's number in the unpruned model, also after removal and after a second pruning.
+        kind: ``"block"``, ``"attention"`` or ``"mlp"``.
+    """
+
+    index: int
+    kind: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise unknown_name("kind of site", self.kind, KINDS)
+        if self.index < 0:
+            raise ValueError(f"A site's block number cannot be negative: {self.index}. Number blocks from 0.")
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """Read ``"block.12"``, ``"attention.12"`` or ``"mlp.12"``.
+
+        Raises:
+            ValueError: the text is not a site's name.
+        """
+        match = re.fullmatch(r"([A-Za-z_]+)\.(\d+)", text.strip())
+        if match is None:
+            raise ValueError(f"{text!r} is not a site: write block.12, attention.12 or mlp.12.")
+        return cls(int(match[2]), match[1])
+
+    def __str__(self) -> str:
+        return f"{self.kind}.{self.index}"
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One or more adjacent sites that go together, and the replacement that stands there.
+
+    A run of several sites has one replacement, at its first site; only blocks can form a run (between two adjacent
+    attentions stands an MLP that stays).
+
+    Attributes:
+        sites: the sites, in depth order.
+        replacement: a name from :data:`depthprune.replacements.REPLACEMENTS`, or ``"none"``.
+        options: the replacement's options, such as ``{"rank": 16}``.
+    """
+
+    sites: tuple[Site, ...]
+    replacement: str = "none"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.sites:
+            raise ValueError("A removal without sites: name at least one, such as block.12.")
+        if len(self.sites) > 1:
+            indices = [site.index for site in self.sites]
+            adjacent = all(later == earlier + 1 for earlier, later in zip(indices, indices[1:], strict=False))
+            if any(site.kind != "block" for site in self.sites) or not adjacent:
+                raise ValueError(
+                    f"{', '.join(map(str, self.sites))} cannot share one replacement: "
+                    "only adjacent blocks in depth order can; write a removal for each site."
+                )
+        if self.replacement == "none" and self.options:
+            raise ValueError(f"The replacement 'none' takes no options, but {dict(self.options)} was given.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The removal as JSON-ready data."""
+        return {
+            "sites": [str(site) for site in self.sites],
+            "replacement": self.replacement,
+            "options": dict(self.options),
+        }
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What model a plan was made for.
+
+    Attributes:
+        architecture: model type and shapes; a plan for other ones is refused.
+        weights: a hash of a sample of the weights; a plan for other ones warns.
+    """
+
+    architecture: Mapping[str, Any]
+    weights: str
+
+    def check(self, model: Fingerprint) -> None:
+        """Compare with the fingerprint of the model at hand.
+
+        Raises:
+            ValueError: the architecture differs. Other weights only warn.
+        """
+        keys = sorted({*self.architecture, *model.architecture})
+        differing = [
+            f"{key} is {self.architecture.get(key)!r} in the plan and {model.architecture.get(key)!r} in the model"
+            for key in keys
+            if self.architecture.get(key) != model.architecture.get(key)
+        ]
+        if differing:
+            raise ValueError(f"The plan is for another model: {'; '.join(differing)}. Make a plan for this model.")
+        if self.weights != model.weights:
+            warnings.warn(
+                "The plan was made on other weights of this architecture: its sites may not be the best ones here.",
+                stacklevel=2,
+            )
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """What is removed from a model and what stands there instead. Holds no weights.
+
+    Removals are kept in depth order. An attention and the MLP of the same block that both go without a replacement
+    become that block.
+
+    Attributes:
+        removals: the removals; their sites do not overlap.
+        fingerprint: the model that the plan was made for, if known.
+        provenance: where the plan came from (metric, text, tokens, seed, BOS), if known.
+    """
+
+    removals: tuple[Removal, ...]
+    fingerprint: Fingerprint | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        removals = _merge_halves(self.removals)
+        seen: set[Site] = set()
+        for removal in removals:
+            for site in removal.sites:
+                if site in seen:
+                    raise ValueError(f"{site} stands twice in the plan: name each site once.")
+                seen.add(site)
+        for site in seen:
+            if site.kind != "block" and Site(site.index, "block") in seen:
+                raise ValueError(f"{site} overlaps block.{site.index} in the plan: keep one of the two.")
+        object.__setattr__(self, "removals", tuple(sorted(removals, key=lambda removal: removal.sites[0])))
+
+    @classmethod
+    def of(cls, *sites: str | Site, replacement: str = "none", **options: Any) -> PruningPlan:
+        """A plan made by hand: each site is a removal of its own, all with the same replacement.
+
+        Example:
+            ``PruningPlan.of("block.3", "mlp.7", replacement="low_rank_adapter", rank=8)``
+        """
+        parsed = [site if isinstance(site, Site) else Site.parse(site) for site in sites]
+        return cls(tuple(Removal((site,), replacement, options) for site in parsed))
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Every removed site, in depth order."""
+        return tuple(sorted(site for removal in self.removals for site in removal.sites))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether only whole blocks go and nothing stands in their place, so that the model stays a plain one."""
+        return all(removal.replacement == "none" and removal.sites[0].kind == "block" for removal in self.removals)
+
+    def with_replacement(self, replacement: str, **options: Any) -> PruningPlan:
+        """The same sites with another replacement everywhere."""
+        return replace(self, removals=tuple(Removal(r.sites, replacement, options) for r in self.removals))
+
+    def followed_by(self, later: PruningPlan) -> PruningPlan:
+        """This plan and a later one together, for a model that is pruned a second time."""
+        return replace(
+            self,
+            removals=self.removals + later.removals,
+            provenance={**self.provenance, **({"then": dict(later.provenance)} if later.provenance else {})},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready data."""
+        fingerprint = None
+        if self.fingerprint is not None:
+            fingerprint = {
+                "architecture": dict(self.fingerprint.architecture),
+                "weights": self.fingerprint.weights,
+            }
+        return {
+            "depthprune_plan": PLAN_VERSION,
+            "removals": [removal.to_dict() for removal in self.removals],
+            "fingerprint": fingerprint,
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any, origin: str = "the plan") -> PruningPlan:
+        """Read what :meth:`to_dict` wrote.
+
+        Raises:
+            ValueError: the data is not a plan, or one of another version.
+        """
+        if not isinstance(data, dict) or "depthprune_plan" not in data:
+            raise ValueError(f"{origin} is not a pruning plan: make one with `depthprune prune` or PruningPlan.of.")
+        if data["depthprune_plan"] != PLAN_VERSION:
+            raise ValueError(
+                f"{origin} is a plan of version {data['depthprune_plan']}, and this depthprune reads version "
+                f"{PLAN_VERSION}: make the plan anew."
+            )
+        try:
+            removals = tuple(
+                Removal(tuple(map(Site.parse, entry["sites"])), entry["replacement"], dict(entry["options"]))
+                for entry in data["removals"]
+            )
+            fingerprint = data["fingerprint"] and Fingerprint(
+                data["fingerprint"]["architecture"], data["fingerprint"]["weights"]
+            )
+            return cls(removals, fingerprint, dict(data["provenance"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{origin} is a damaged pruning plan ({error!r}): make it anew.") from error
+
+    def save(self, path: Path | str) -> None:
+        """Write the plan as a JSON file, whole or not at all."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: Path | str) -> PruningPlan:
+        """Read a plan's JSON file.
+
+        Raises:
+            ValueError: no such file, or not a plan.
+        """
+        return cls.from_dict(read_json(path, "a pruning plan"), str(path))
+
+
+def _merge_halves(removals: Iterable[Removal]) -> tuple[Removal, ...]:
+    """Turn ``attention.i`` and ``mlp.i`` that both go without a replacement into ``block.i``."""
+    removals = tuple(removals)
+    bare = {removal.sites[0] for removal in removals if removal.replacement == "none"}
+    whole = {site.index for site in bare if site.kind == "attention" and Site(site.index, "mlp") in bare}
+    merged = [
+        removal
+        for removal in removals
+        if not (
+            removal.replacement == "none" and removal.sites[0].kind != "block" and removal.sites[0].index in whole
+        )
+    ]
+    return tuple(merged + [Removal((Site(index, "block"),)) for index in sorted(whole)])

@@ -1,0 +1,326 @@
+"""Slots, switching between variants, and removal for good.
+
+A slot is a site's own module under a derived class that looks at a switch before it runs. The module tree, the class
+checks of transformers (outputs recorded by class, gradient checkpointing) and the keys of the base weights stay as they
+were; a slot only adds a child ``replacement``. Switching variants is setting an attribute.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from depthprune.families import Anatomy, pruning_record, unpruned_fingerprint
+from depthprune.names import unknown_name
+from depthprune.replacements import Replacement, build_replacement
+from depthprune.sites import PruningPlan, Site
+
+POSITIONS = ("original", "none", "emulated_update", "replacement")
+"""What a slot's switch can be set to: the original module, nothing, the replacement's constant alone, all of it."""
+
+
+class Slot:
+    """Mixin that turns a site's module into a slot (see :func:`install_slots`).
+
+    Attributes:
+        base: the class of the module before it became a slot.
+        slot_position: the switch, one of :data:`POSITIONS`.
+        cache_index: the cache layer that belongs to the site.
+        replacement: what stands here when the original does not; None for nothing.
+        is_hollow: whether the original is gone for good.
+    """
+
+    base: type[nn.Module]
+    slot_position: str
+    cache_index: int
+    replacement: Replacement | None
+    is_hollow: bool
+
+    def stand_in(self, read: Tensor) -> Tensor | None:
+        """The update ``(B, T, D)`` that the slot adds in its present position; None for nothing."""
+        if self.slot_position == "none" or self.replacement is None:
+            return None
+        if self.slot_position == "emulated_update":
+            return self.replacement.emulated(read).expand_as(read)
+        return self.replacement(read)
+
+
+@dataclass(frozen=True)
+class _Argument:
+    """Where a forward method takes one of its arguments: by name or at a position."""
+
+    name: str
+    position: int | None
+
+    @classmethod
+    def of(cls, forward: Any, name: str) -> _Argument:
+        names = [parameter for parameter in inspect.signature(forward).parameters if parameter != "self"]
+        return cls(name, names.index(name) if name in names else None)
+
+    def get(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.name in kwargs:
+            return kwargs[self.name]
+        if self.position is not None and self.position < len(args):
+            return args[self.position]
+        return None
+
+
+def _hold_cache_place(cache: Any, index: int, read: Tensor) -> None:
+    """Keep the cache's length right where an attention is gone.
+
+    transformers reads the length of the cache, and so masks and positions, from one of its layers. A layer that is
+    never written breaks left-padded batches, chunked prefill and manual decoding without an error. The placeholder
+    costs two numbers a token.
+    """
+    if cache is not None:
+        place = read.new_zeros(read.shape[0], 1, read.shape[1], 1)
+        cache.update(place, place, index)
+
+
+@functools.cache
+def _slot_class(base: type[nn.Module], kind: str, cache_argument: str) -> type[nn.Module]:
+    """The class of a slot for a site of this kind whose module has class ``base``."""
+    read_name = next(name for name in inspect.signature(base.forward).parameters if name != "self")
+    read_argument = _Argument.of(base.forward, read_name)
+    cache = _Argument.of(base.forward, cache_argument)
+
+    class SlotModule(Slot, base):  # type: ignore[misc, valid-type]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            if self.slot_position == "original":
+                return base.forward(self, *args, **kwargs)
+            read = read_argument.get(args, kwargs)
+            if kind != "mlp":
+                _hold_cache_place(cache.get(args, kwargs), self.cache_index, read)
+            update = self.stand_in(read)
+            if kind == "block":
+                return read if update is None else read + update
+            update = torch.zeros_like(read) if update is None else update
+            return (update, None) if kind == "attention" else update
+
+    SlotModule.base = base
+    SlotModule.__name__ = f"{base.__name__}Slot"
+    SlotModule.__qualname__ = SlotModule.__name__
+    return SlotModule
+
+
+def slots(model: nn.Module) -> dict[str, Slot]:
+    """Every slot of a model by module name, hollow ones included."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Slot)}
+
+
+def open_slots(model: nn.Module) -> dict[str, Slot]:
+    """The slots that still hold their original and can be switched."""
+    return {name: slot for name, slot in slots(model).items() if not slot.is_hollow}
+
+
+def check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
+    """Check that a plan fits a model.
+
+    Raises:
+        ValueError: the plan is for another model, names a site that the model does not have or no longer has, leaves
+            no block, or asks for a replacement that does not exist.
+    """
+    if plan.fingerprint is not None:
+        plan.fingerprint.check(unpruned_fingerprint(model))
+    anatomy = Anatomy.of(model)
+    for site in plan.sites:
+        anatomy.module(site)
+    gone = {site.index for site in plan.sites if site.kind == "block"}
+    if gone >= set(anatomy.kept_blocks):
+        raise ValueError(f"The plan removes all {len(gone)} blocks of the model: keep at least one.")
+    for removal in plan.removals:
+        with torch.device("meta"):
+            build_replacement(removal.replacement, anatomy.hidden_size, removal.options)
+
+
+def install_slots(model: PreTrainedModel, plan: PruningPlan) -> None:
+    """Turn every site of a plan into a slot, switched to its replacement (which is not calibrated yet).
+
+    Call it before anything wraps, shards or compiles the model. A run of blocks has its replacement in the first
+    slot. The base parameters stay as they are, shared by all variants.
+
+    Raises:
+        ValueError: the plan does not fit the model (see :func:`check_plan`), or the model has open slots already.
+    """
+    if open_slots(model):
+        raise ValueError("The model has slots already: leave the `swapped` block, or call remove_slots first.")
+    check_plan(model, plan)
+    anatomy = Anatomy.of(model)
+    for removal in plan.removals:
+        for site in removal.sites:
+            name = removal.replacement if site == removal.sites[0] else "none"
+            _make_slot(anatomy, site, build_replacement(name, anatomy.hidden_size, removal.options))
+
+
+def _make_slot(anatomy: Anatomy, site: Site, replacement: Replacement | None) -> None:
+    module = anatomy.slot_module(site)
+    device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:  # accelerate's hook hides the class's forward: put it back over the slot's
+        remove_hook_from_module(module)
+        device = torch.device(getattr(hook, "execution_device", None) or device)
+    base = type(module)
+    module.__class__ = _slot_class(base, site.kind, anatomy.family.cache_argument)
+    assert isinstance(module, Slot)
+    module.slot_position = "replacement"
+    module.cache_index = anatomy.kept_blocks.index(site.index)
+    module.is_hollow = False
+    if replacement is not None and device.type != "meta":
+        replacement = replacement.to(device)
+    module.add_module("replacement", replacement)
+    if hook is not None:
+        add_hook_to_module(module, hook)
+
+
+def remove_slots(model: PreTrainedModel) -> None:
+    """Undo :func:`install_slots`: the model is what it was before, bit for bit."""
+    for slot in open_slots(model).values():
+        assert isinstance(slot, nn.Module)
+        hook = getattr(slot, "_hf_hook", None)
+        if hook is not None:
+            remove_hook_from_module(slot)
+        del slot._modules["replacement"]
+        for name in ("slot_position", "cache_index", "is_hollow"):
+            del slot.__dict__[name]
+        slot.__class__ = slot.base  # type: ignore[assignment]
+        if hook is not None:
+            add_hook_to_module(slot, hook)
+
+
+def switch(model: nn.Module, position: str) -> None:
+    """Set every open slot's switch.
+
+    Raises:
+        ValueError: there is no such position.
+    """
+    if position not in POSITIONS:
+        raise unknown_name("position of a slot", position, POSITIONS)
+    for slot in open_slots(model).values():
+        slot.slot_position = position
+
+
+@contextmanager
+def switched(model: nn.Module, position: str) -> Iterator[None]:
+    """Switch every open slot for the length of a block, then put each switch back where it was."""
+    before = {name: slot.slot_position for name, slot in open_slots(model).items()}
+    switch(model, position)
+    try:
+        yield
+    finally:
+        for name, slot in open_slots(model).items():
+            slot.slot_position = before[name]
+
+
+def site_slots(model: PreTrainedModel, plan: PruningPlan) -> dict[Site, Slot]:
+    """The slot of each removal's first site, where its replacement stands."""
+    anatomy = Anatomy.of(model)
+    found = {}
+    for removal in plan.removals:
+        slot = anatomy.slot_module(removal.sites[0])
+        assert isinstance(slot, Slot), f"{removal.sites[0]} is not a slot"
+        found[removal.sites[0]] = slot
+    return found
+
+
+def replacement_state(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of the replacements, by the model's state-dict keys."""
+    return {key: value for key, value in model.state_dict().items() if ".replacement." in key}
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """The base weights under their original keys, without the replacements."""
+    return {key: value for key, value in model.state_dict().items() if ".replacement." not in key}
+
+
+def remove_for_good(model: PreTrainedModel, plan: PruningPlan) -> None:
+    """Drop the originals of a model whose slots were installed for this plan; the replacements stay.
+
+    Whole blocks without a replacement leave the list of blocks, everything that depends on depth is renumbered, and
+    if nothing but such blocks went, the model is a plain one. Other slots are hollowed. The model's config gets a
+    record of what went (see :func:`depthprune.families.pruning_record`).
+    """
+    anatomy = Anatomy.of(model)
+    fingerprint = unpruned_fingerprint(model)
+    record = pruning_record(model)
+    done = PruningPlan.from_dict(record["plan"]) if record else PruningPlan(())
+    whole = done.followed_by(plan) if record else plan
+    for slot in open_slots(model).values():
+        assert isinstance(slot, nn.Module)
+        _hollow(slot)
+    model.config.depthprune = {
+        "plan": whole.to_dict(),
+        "kept_blocks": list(_kept_blocks(whole, anatomy.block_count)),
+        "unpruned": {"architecture": dict(fingerprint.architecture), "weights": fingerprint.weights},
+    }
+    _compact(anatomy)
+
+
+def restore_structure(model: PreTrainedModel, record: dict[str, Any]) -> None:
+    """Give a fresh model of the pruned config (renumbered already) the hollow slots that its record names.
+
+    Used when a pruned folder is opened; the weights are loaded afterwards.
+    """
+    model.config.depthprune = record
+    anatomy = Anatomy.of(model)
+    plan = PruningPlan.from_dict(record["plan"])
+    for removal in plan.removals:
+        for site in removal.sites:
+            if site.index in anatomy.kept_blocks:
+                name = removal.replacement if site == removal.sites[0] else "none"
+                _make_slot(anatomy, site, build_replacement(name, anatomy.hidden_size, removal.options))
+                module = anatomy.slot_module(site)
+                _hollow(module)
+
+
+def _kept_blocks(plan: PruningPlan, block_count: int) -> Iterator[int]:
+    """The blocks that stay in the list: all but the removed ones in which no replacement stands."""
+    gone = {
+        site.index
+        for removal in plan.removals
+        for site in removal.sites
+        if site.kind == "block" and (removal.replacement == "none" or site != removal.sites[0])
+    }
+    return (index for index in range(block_count) if index not in gone)
+
+
+def _hollow(slot: nn.Module) -> None:
+    """Drop everything in a slot but its replacement."""
+    assert isinstance(slot, Slot)
+    slot.is_hollow = True
+    slot.slot_position = "none" if slot.replacement is None else "replacement"
+    for name in [child for child in slot._modules if child != "replacement"]:
+        del slot._modules[name]
+    slot._parameters.clear()
+    slot._buffers.clear()
+
+
+def _compact(before: Anatomy) -> None:
+    """Take the blocks that the record does not keep out of the model, and renumber what depends on depth."""
+    model, family = before.model, before.family
+    kept = [before.kept_blocks.index(index) for index in model.config.depthprune["kept_blocks"]]
+    modules = [before.blocks[position] for position in kept]
+    parent_name, _, name = family.blocks.rpartition(".")
+    setattr(model.get_decoder().get_submodule(parent_name), name, nn.ModuleList(modules))
+    for position, block in enumerate(modules):
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = position
+            if isinstance(module, Slot):
+                module.cache_index = position
+    config = model.config
+    count = config.num_hidden_layers
+    for list_name in family.per_layer_lists:
+        values = getattr(config, list_name, None)
+        if values is not None:
+            assert len(values) == count, f"config.{list_name} has {len(values)} entries for {count} blocks"
+            setattr(config, list_name, [values[position] for position in kept])
+    config.num_hidden_layers = len(kept)
