@@ -236,6 +236,11 @@ def replacement_state(model: nn.Module) -> dict[str, Tensor]:
     return {key: value for key, value in model.state_dict().items() if ".replacement." in key}
 
 
+def replacement_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The replacements' parameters: what recovery trains."""
+    return [parameter for name, parameter in model.named_parameters() if ".replacement." in name]
+
+
 def base_state(model: nn.Module) -> dict[str, Tensor]:
     """The base weights under their original keys, without the replacements."""
     return {key: value for key, value in model.state_dict().items() if ".replacement." not in key}

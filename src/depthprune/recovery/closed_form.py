@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from depthprune.families import Anatomy
@@ -79,7 +79,3 @@ def _source_sites(anatomy: Anatomy, plan: PruningPlan, removal: Removal) -> tupl
         raise ValueError(f"{last} has no deeper {last.kind} that stays, so source={source!r} is empty: use 'own'.")
     return later[:1] if source == "next_kept" else later
 
-
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that recovery trains: those of the replacements."""
-    return [parameter for name, parameter in model.named_parameters() if ".replacement." in name]

@@ -1,0 +1,114 @@
+"""What training does to each domain, beside the unpruned model, the bare removal and the emulated update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from depthprune.evaluation.domains import DomainLoss
+from depthprune.recovery.module import RecoveryModule
+
+BASELINES = {"unpruned": "original", "none": "none", "emulated_update": "emulated_update"}
+"""What every domain is compared with, and how the slots are switched for it."""
+
+
+class ForgettingMonitor(Callback):
+    """Logs, at every validation and for every domain, forgetting and the differences to three fixed variants.
+
+    Forgetting at a step is the domain's loss minus the lowest loss that it had at any step so far, the start included.
+    Also logged: the loss minus that of the unpruned model, of the removal with nothing in its place, and of the
+    emulated update. Works with :class:`~depthprune.recovery.module.RecoveryModule` and needs no settings.
+    """
+
+    def __init__(self) -> None:
+        self.baselines: dict[str, dict[str, float]] = {}
+        self.lowest: dict[str, float] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that the module can be compared with its variants."""
+        if not isinstance(pl_module, RecoveryModule):
+            raise ValueError("ForgettingMonitor works with RecoveryModule: remove the callback or change the module.")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the fixed variants and the start, unless they came from a checkpoint."""
+        assert isinstance(pl_module, RecoveryModule)
+        if not self.baselines:
+            pl_module.print("Measuring the unpruned model, the bare removal and the emulated update on every domain.")
+            loaders = domain_loaders(trainer)
+            self.baselines = {
+                name: {domain: loss.loss for domain, loss in pl_module.losses_at(position, loaders).items()}
+                for name, position in BASELINES.items()
+            }
+            start = pl_module.losses_at("replacement", loaders)
+            self.lowest = {domain: loss.loss for domain, loss in start.items()}
+            log_start(trainer, self._figures(start))
+        add_layout(trainer, list(self.lowest))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log every domain."""
+        if trainer.sanity_checking or not self.baselines:
+            return
+        assert isinstance(pl_module, RecoveryModule)
+        losses = {name: loss for name, loss in pl_module.domain_losses().items() if name in self.lowest}
+        for name, loss in losses.items():
+            self.lowest[name] = min(self.lowest[name], loss.loss)
+        pl_module.log_dict(self._figures(losses), sync_dist=True)
+
+    def _figures(self, losses: Mapping[str, DomainLoss]) -> dict[str, float]:
+        figures = {}
+        for domain, loss in losses.items():
+            figures[f"2_forgetting/{domain}"] = loss.loss - self.lowest[domain]
+            for name, baseline in self.baselines.items():
+                figures[f"3_domains/{domain}/minus_{name}"] = loss.loss - baseline[domain]
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fixed variants' losses and the lowest loss so far."""
+        return {"baselines": self.baselines, "lowest": self.lowest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them from a checkpoint."""
+        self.baselines = state_dict["baselines"]
+        self.lowest = state_dict["lowest"]
+
+
+def domain_loaders(trainer: Trainer) -> dict[str, Any]:
+    """The validation loaders of held-out domains: all but the training documents scored again."""
+    loaders = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+    return {name: loader for name, loader in loaders.items() if name != "train"}
+
+
+def log_start(trainer: Trainer, figures: Mapping[str, float]) -> None:
+    """Log figures of the start, before the first step, to every logger."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(figures), step=0)
+
+
+def add_layout(trainer: Trainer, domains: list[str]) -> None:
+    """Lay out TensorBoard's custom scalars: overfitting and forgetting first, then each domain."""
+    layout = {
+        "1 overfitting": {
+            "validation against training documents": [
+                "Multiline",
+                ["1_overfitting/validation_loss", "1_overfitting/training_documents_loss"],
+            ],
+            "rise of validation over training loss since the start": ["Multiline", ["1_overfitting/since_start"]],
+        },
+        "2 forgetting": {
+            "loss above its lowest so far": ["Multiline", [f"2_forgetting/{domain}" for domain in domains]],
+            "loss above the emulated update": [
+                "Multiline",
+                [f"3_domains/{domain}/minus_emulated_update" for domain in domains],
+            ],
+        },
+        "3 damage": {
+            f"{domain}: loss above the unpruned model": ["Multiline", [f"3_domains/{domain}/minus_unpruned"]]
+            for domain in domains
+        },
+    }
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            logger.experiment.add_custom_scalars(layout)

@@ -1,0 +1,90 @@
+"""The command line. Only the chosen command's room is imported, so that ``depthprune --help`` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+LIGHTNING = {
+    "fit": "train replacements (LightningCLI)",
+    "validate": "score every domain's tune text under a checkpoint (LightningCLI)",
+    "test": "score every domain's test text under a checkpoint (LightningCLI)",
+}
+COMMANDS = {
+    "study": ("depthprune.study:study", "score, prune, recover and report on one model: the main job"),
+    "influence": ("depthprune.commands.influence:influence", "score sites; writes JSON, CSV, PNG and a TensorBoard figure"),
+    "prune": ("depthprune.commands.prune:prune", "make a plan from influence or site names, and the pruned model"),
+    "list": ("depthprune.commands.catalogue:catalogue", "list everything that has a name: models, texts, metrics, ..."),
+    "fetch": ("depthprune.commands.fetch:fetch", "fetch embedded models and texts now"),
+}
+"""Each command's room and function, and its line in the help."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: the command line without the program's name; the process's own if not given.
+
+    Returns:
+        The exit code: 0, or 2 for anything that the user can mend.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else 2
+    command, rest = arguments[0], arguments[1:]
+    if command == "--version":
+        from importlib.metadata import version
+
+        print(version("depthprune"))
+        return 0
+    try:
+        if command in LIGHTNING:
+            import_module("depthprune.recovery.cli").run(arguments)
+        elif command in COMMANDS:
+            from jsonargparse import auto_cli
+
+            room, function = COMMANDS[command][0].split(":")
+            auto_cli(getattr(import_module(room), function), args=rest, prog=f"depthprune {command}", as_positional=command == "fetch")
+        else:
+            from depthprune.names import unknown_name
+
+            raise unknown_name("command", command, [*COMMANDS, *LIGHTNING])
+    except (ValueError, OSError) as error:
+        if os.environ.get("DEPTHPRUNE_DEBUG"):
+            raise
+        message = " ".join(str(error).split()) or repr(error)
+        print(f"depthprune: error: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("depthprune: interrupted; the same command goes on from what is saved.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _help() -> str:
+    lines = [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
+    lines += [f"  {name:<10} {summary}" for name, summary in LIGHTNING.items()]
+    return "\n".join(
+        [
+            "usage: depthprune COMMAND [--config FILE] [--OPTION VALUE ...]",
+            "",
+            "Remove depth from a pretrained causal language model, recover what was lost, see what was forgotten.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "Start with:    depthprune study --config configs/study/quickstart.yaml",
+            "A command's options, and its whole configuration as YAML:",
+            "               depthprune COMMAND --help",
+            "               depthprune COMMAND --print_config",
+            "DEPTHPRUNE_DEBUG=1 shows the traceback behind an error.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

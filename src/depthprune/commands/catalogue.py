@@ -1,0 +1,38 @@
+"""``depthprune list``: everything that has a name."""
+
+from __future__ import annotations
+
+from depthprune import embedded
+from depthprune.families import FAMILIES
+from depthprune.influence.static import STATIC_METRICS
+from depthprune.recovery.objectives import OBJECTIVES
+from depthprune.replacements import REPLACEMENTS
+from depthprune.sites import KINDS
+
+
+def names() -> dict[str, dict[str, str]]:
+    """Every name by what it names, with its one-line description."""
+    return {
+        "embedded models": {name: model.description for name, model in embedded.MODELS.items()},
+        "embedded texts": {name: text.description for name, text in embedded.TEXTS.items()},
+        "model types": {name: "" for family in FAMILIES for name in family.model_types},
+        "kinds of site": dict.fromkeys(KINDS, ""),
+        "metrics": {name: _first_line(metric) for name, metric in STATIC_METRICS.items()},
+        "replacements": {
+            "none": "Nothing stands in the site's place.",
+            **{name: _first_line(kind) for name, kind in REPLACEMENTS.items()},
+        },
+        "objectives": {name: _first_line(objective) for name, objective in OBJECTIVES.items()},
+    }
+
+
+def catalogue() -> None:
+    """List every name that a command or config takes: models, texts, metrics, replacements, objectives."""
+    for what, known in names().items():
+        print(f"{what}:")
+        for name, description in known.items():
+            print(f"  {name:<26} {description}".rstrip())
+
+
+def _first_line(thing: object) -> str:
+    return (thing.__doc__ or "").strip().splitlines()[0].replace("``", "")

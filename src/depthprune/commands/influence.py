@@ -1,0 +1,118 @@
+"""``depthprune influence``: score sites on a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric import Fabric
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from depthprune.data.module import TextDataModule
+from depthprune.data.text import RoleShares, TextSource
+from depthprune.figures import influence_figure, write_figure
+from depthprune.files import make_folder
+from depthprune.head import expects_bos
+from depthprune.influence.static import STATIC_METRICS, estimate_influence
+from depthprune.influence.table import InfluenceTable
+from depthprune.loading import load
+from depthprune.progress import tracked
+from depthprune.sites import KINDS
+
+
+def influence(
+    model: str,
+    text: TextSource,
+    output: str,
+    metrics: Sequence[str] = tuple(STATIC_METRICS),
+    kinds: Sequence[str] = KINDS,
+    denominator: str = "output",
+    leave_out_massive: bool = False,
+    sequences: int = 32,
+    sequence_length: int = 256,
+    batch_size: int = 4,
+    shares: RoleShares = RoleShares(),  # noqa: B008 -- frozen
+    seed: int = 0,
+    dtype: str = "auto",
+    revision: str | None = None,
+    device_map: str | None = None,
+    attn_implementation: str | None = None,
+    accelerator: str = "auto",
+    devices: int = 1,
+    strategy: str = "auto",
+) -> None:
+    """Score sites on a text and write influence.json, .csv, .png and a TensorBoard figure.
+
+    Args:
+        model: an embedded model's name, a hub name or a folder.
+        text: the text; its score role is used.
+        output: folder for the results.
+        metrics: cosine, relative_l1, relative_l2, l1, l2.
+        kinds: block, attention, mlp.
+        denominator: what relative metrics divide by: the stream after (output) or before (input) the site.
+        leave_out_massive: leave out tokens with massive activations.
+        sequences: how many sequences to score on.
+        sequence_length: tokens of a sequence.
+        batch_size: sequences of a batch.
+        shares: shares of the documents for the four roles.
+        seed: seed of the split into roles.
+        dtype: auto (as saved), bfloat16, float16 or float32.
+        revision: branch, tag or commit on the hub.
+        device_map: as in transformers, such as auto; leave it out with several processes.
+        attn_implementation: sdpa, eager, flash_attention_2, ...
+        accelerator: as in Lightning's Fabric.
+        devices: processes, one for each device.
+        strategy: as in Lightning's Fabric.
+    """
+    make_folder(output)
+    fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy)
+    fabric.launch()
+    if fabric.is_global_zero:
+        print(f"Scoring {', '.join(kinds)} sites of {model} on {sequences} sequences of {text.path}.", flush=True)
+    causal_lm, tokenizer = load(
+        model, dtype=dtype, revision=revision, device_map=device_map, attn_implementation=attn_implementation
+    )
+    if device_map is None:
+        causal_lm.to(fabric.device)
+    data = TextDataModule(
+        tokenizer=model,
+        revision=revision,
+        text=text,
+        domains={},
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        score_sequences=sequences,
+        shares=shares,
+        seed=seed,
+    )
+    loader = data.score_dataloader()
+    batches = tracked(loader, "Scoring") if fabric.is_global_zero else loader
+    about = {
+        "model": model,
+        "text": text.path,
+        "role": "score",
+        "sequence_length": sequence_length,
+        "seed": seed,
+        "bos": expects_bos(tokenizer),
+    }
+    table = estimate_influence(causal_lm, batches, metrics, kinds, denominator, leave_out_massive, about)
+    if fabric.is_global_zero:
+        write_influence(table, Path(output))
+        next_command = (
+            f"depthprune prune --model {model} --influence {output}/influence.json --metric {metrics[0]} "
+            f"--kinds '[{kinds[0]}]' --remove 6 --output checkpoints/pruned"
+        )
+        print(f"Wrote influence.json, .csv, .png and a TensorBoard figure to {output}.\nNext: {next_command}")
+
+
+def write_influence(table: InfluenceTable, folder: Path) -> None:
+    """Write a table as influence.json, .csv, .png and as a figure in TensorBoard's event files."""
+    table.to_json(folder / "influence.json")
+    table.to_csv(folder / "influence.csv")
+    figure = influence_figure(table)
+    write_figure(figure, folder / "influence.png")
+    logger = TensorBoardLogger(folder, name="tensorboard", version="")
+    writer: Any = logger.experiment
+    writer.add_figure("influence by depth", figure, close=False)
+    logger.finalize("success")

@@ -1,0 +1,153 @@
+"""``depthprune prune``: from influence, or from site names, to a plan and a pruned model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from depthprune.data.module import TextDataModule
+from depthprune.data.text import RoleShares, TextSource
+from depthprune.families import unpruned_fingerprint
+from depthprune.files import make_folder
+from depthprune.influence.table import InfluenceTable
+from depthprune.loading import PLAN_FILE, load, save
+from depthprune.progress import tracked
+from depthprune.pruning import prune as prune_model
+from depthprune.recovery.closed_form import sites_to_measure
+from depthprune.sites import PruningPlan
+from depthprune.surgery import check_plan, install_slots, remove_for_good, replacement_state
+
+
+def prune(
+    model: str,
+    output: str,
+    influence: str | None = None,
+    metric: str = "cosine",
+    kinds: Sequence[str] = ("block",),
+    remove: int | None = None,
+    sites: Sequence[str] | None = None,
+    plan: str | None = None,
+    replacement: str = "none",
+    options: dict[str, Any] | None = None,
+    checkpoint: str | None = None,
+    plan_only: bool = False,
+    text: TextSource = TextSource("xsum"),  # noqa: B008 -- frozen
+    sequences: int = 32,
+    sequence_length: int = 256,
+    batch_size: int = 4,
+    shares: RoleShares = RoleShares(),  # noqa: B008 -- frozen
+    seed: int = 0,
+    dtype: str = "auto",
+    revision: str | None = None,
+    device_map: str | None = None,
+) -> None:
+    """Make a plan and prune a model for good.
+
+    The plan comes from one of three places: an influence table (with metric, kinds and remove), site names, or a
+    plan's file. Replacements are calibrated on the fit role of a text, or taken from a checkpoint of `depthprune fit`.
+
+    Args:
+        model: an embedded model's name, a hub name or a folder.
+        output: folder for the pruned model, with its plan.json; must not exist or be empty.
+        influence: influence.json of `depthprune influence`.
+        metric: the table's metric; the sites of lowest influence go.
+        kinds: kinds of site to remove: block, attention, mlp.
+        remove: how many sites to remove.
+        sites: site names, such as [block.12, attention.3].
+        plan: a plan's JSON file.
+        replacement: none, emulated_update or low_rank_adapter; with a plan or checkpoint: theirs.
+        options: the replacement's options, such as {rank: 16}.
+        checkpoint: a checkpoint of `depthprune fit`: its plan and its trained replacements.
+        plan_only: write only plan.json.
+        text: the text for calibration; its fit role is used.
+        sequences: how many sequences to calibrate on.
+        sequence_length: tokens of a sequence.
+        batch_size: sequences of a batch.
+        shares: shares of the documents for the four roles.
+        seed: seed of the split into roles.
+        dtype: auto (as saved), bfloat16, float16 or float32.
+        revision: branch, tag or commit on the hub.
+        device_map: as in transformers, such as auto.
+    """
+    given = [name for name, value in _sources(influence, sites, plan, checkpoint).items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"Name the plan's source once: influence, sites, plan or checkpoint; given: {', '.join(given) or 'none'}."
+        )
+    causal_lm, tokenizer = load(model, dtype=dtype, revision=revision, device_map=device_map)
+    trained = _read_checkpoint(checkpoint) if checkpoint else None
+    if trained is not None:
+        chosen = PruningPlan.from_dict(trained["depthprune"]["plan"], checkpoint or "")
+    elif plan is not None:
+        chosen = PruningPlan.load(plan)
+    elif influence is not None:
+        if remove is None:
+            raise ValueError("Say how many sites to remove: --remove N.")
+        table = InfluenceTable.load(influence)
+        chosen = table.plan(metric, kinds, remove, replacement, **(options or {}))
+    else:
+        chosen = PruningPlan.of(*(sites or ()), replacement=replacement, **(options or {}))
+        chosen = PruningPlan(chosen.removals, unpruned_fingerprint(causal_lm), {"by": "hand"})
+    check_plan(causal_lm, chosen)
+    print(f"Removing {', '.join(map(str, chosen.sites))} from {model}.", flush=True)
+    if plan_only:
+        make_folder(output)
+        chosen.save(Path(output) / PLAN_FILE)
+        print(f"Wrote the plan to {output}/{PLAN_FILE}.\nNext: {_fit_command(model, output)}")
+        return
+    if trained is not None:
+        install_slots(causal_lm, chosen)
+        _take_replacements(causal_lm, trained["state_dict"])
+        remove_for_good(causal_lm, chosen)
+    else:
+        batches = None
+        if sites_to_measure(causal_lm, chosen):
+            data = TextDataModule(
+                tokenizer=model,
+                revision=revision,
+                text=text,
+                domains={},
+                sequence_length=sequence_length,
+                batch_size=batch_size,
+                calibration_sequences=sequences,
+                shares=shares,
+                seed=seed,
+            )
+            batches = tracked(data.calibration_dataloader(), "Calibrating")
+        prune_model(causal_lm, chosen, batches)
+    save(causal_lm, tokenizer, output)
+    opener = "AutoModelForCausalLM.from_pretrained" if chosen.is_plain else "depthprune.load"
+    parameters = sum(parameter.numel() for parameter in causal_lm.parameters())
+    print(f"Wrote the pruned model ({parameters / 1e6:.1f}M parameters) to {output}: open it with {opener}.")
+    print(f"Next: {_fit_command(model, output)}")
+
+
+def _sources(
+    influence: str | None, sites: Sequence[str] | None, plan: str | None, checkpoint: str | None
+) -> dict[str, Any]:
+    return {"influence": influence, "sites": sites, "plan": plan, "checkpoint": checkpoint}
+
+
+def _fit_command(model: str, output: str) -> str:
+    return (
+        f"depthprune fit --config configs/fit/quickstart.yaml --model.base {model} --model.plan {output}/{PLAN_FILE}"
+    )
+
+
+def _read_checkpoint(path: str) -> dict[str, Any]:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling makes of a file that is not a checkpoint
+        raise ValueError(f"Cannot read the checkpoint {path}: {error}. Name one of `depthprune fit`.") from error
+    if "depthprune" not in checkpoint:
+        raise ValueError(f"The checkpoint {path} was not written by `depthprune fit`: name one that was.")
+    return checkpoint
+
+
+def _take_replacements(causal_lm: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    own = {f"model.{key}" for key in replacement_state(causal_lm)}
+    assert own == set(state), "a checkpoint of depthprune holds its plan's replacements"
+    causal_lm.load_state_dict({key.removeprefix("model."): value for key, value in state.items()}, strict=False)

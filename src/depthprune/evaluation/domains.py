@@ -1,0 +1,162 @@
+"""Loss on named held-out texts, kept by document so that differences can be paired and carry an interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import bootstrap
+from torch import Tensor
+from torchmetrics import Metric
+from transformers import PreTrainedModel
+
+from depthprune.head import Batch, on_device, predicted_mask, token_losses
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference of mean losses with its 95% interval, in nats per token.
+
+    Attributes:
+        value: the difference over all documents.
+        low: lower end of the bootstrap interval over documents; NaN with fewer than two documents.
+        high: upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the difference is beyond noise."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class DomainLoss:
+    """The loss of one variant on one domain.
+
+    Attributes:
+        nats: summed loss of each document, ``(documents,)`` fp64.
+        tokens: predicted tokens of each document.
+        bytes: UTF-8 bytes of the predicted tokens of each document.
+    """
+
+    nats: np.ndarray
+    tokens: np.ndarray
+    bytes: np.ndarray
+
+    @property
+    def loss(self) -> float:
+        """Mean nats per predicted token."""
+        return float(self.nats.sum() / self.tokens.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """``exp`` of the loss."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits per UTF-8 byte, which compares models with different tokenizers."""
+        return float(self.nats.sum() / math.log(2) / self.bytes.sum())
+
+    @property
+    def documents(self) -> int:
+        """Documents with at least one predicted token."""
+        return int((self.tokens > 0).sum())
+
+    def minus(self, other: DomainLoss) -> Interval:
+        """This loss minus another on the same documents, paired by document.
+
+        The interval is a 95% percentile bootstrap over documents of the difference of mean losses, with a fixed seed.
+        """
+        assert np.array_equal(self.tokens, other.tokens), "losses on different documents cannot be paired"
+        present = self.tokens > 0
+        tokens = self.tokens[present]
+        gaps = (self.nats - other.nats)[present]
+        value = float(gaps.sum() / tokens.sum())
+        if len(gaps) < 2 or np.ptp(gaps) == 0.0:
+            spread = 0.0 if len(gaps) >= 2 and not gaps.any() else math.nan
+            return Interval(value, value + spread, value + spread)
+        result = bootstrap(
+            (gaps, tokens),
+            lambda gap, token, axis: gap.sum(axis) / token.sum(axis),
+            paired=True,
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        )
+        return Interval(value, float(result.confidence_interval.low), float(result.confidence_interval.high))
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """The sums as JSON-ready data."""
+        return {"nats": self.nats.tolist(), "tokens": self.tokens.tolist(), "bytes": self.bytes.tolist()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DomainLoss:
+        """Read what :meth:`to_dict` gave."""
+        return cls(*(np.asarray(data[name], dtype=np.float64) for name in ("nats", "tokens", "bytes")))
+
+
+class DocumentLoss(Metric):
+    """Sums of loss, predicted tokens and bytes by document, pooled over processes.
+
+    Args:
+        documents: how many documents the domain has in all processes together.
+    """
+
+    full_state_update = False
+    nats: Tensor
+    tokens: Tensor
+    bytes: Tensor
+
+    def __init__(self, documents: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("nats", "tokens", "bytes"):
+            self.add_state(name, torch.zeros(documents, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, losses: Tensor, batch: Batch) -> None:
+        """Add a batch.
+
+        Args:
+            losses: nats of every next token, ``(B, T - 1)``.
+            batch: with ``documents (B, T)`` and ``bytes (B, T)``: the token's document and its UTF-8 bytes.
+        """
+        mask = predicted_mask(batch)
+        documents = batch["documents"][:, 1:][mask]
+        self.nats.index_add_(0, documents, losses[mask].to(self.nats.dtype))
+        self.tokens.index_add_(0, documents, torch.ones_like(documents, dtype=self.tokens.dtype))
+        self.bytes.index_add_(0, documents, batch["bytes"][:, 1:][mask].to(self.bytes.dtype))
+
+    def compute(self) -> DomainLoss:
+        """The sums over all batches and processes."""
+        return DomainLoss(*(state.cpu().numpy() for state in (self.nats, self.tokens, self.bytes)))
+
+
+def document_loss(model: PreTrainedModel, batches: Iterable[Batch], documents: int) -> DomainLoss:
+    """The loss of a model, as it is switched, over the batches of one domain, in evaluation mode.
+
+    Args:
+        model: the model.
+        batches: see :meth:`DocumentLoss.update`.
+        documents: how many documents they come from.
+    """
+    metric = DocumentLoss(documents).to(model.get_input_embeddings().weight.device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in on_device(batches, model):
+                metric.update(token_losses(model, batch), batch)
+    finally:
+        model.train(was_training)
+    return metric.compute()

@@ -1,0 +1,284 @@
+"""Training of replacements as a LightningModule: the base model is frozen, checkpoints hold only the replacements."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from depthprune.evaluation.domains import DocumentLoss, DomainLoss, document_loss
+from depthprune.head import Batch, token_losses
+from depthprune.loading import load
+from depthprune.names import unknown_name
+from depthprune.recovery.closed_form import calibrate_on
+from depthprune.recovery.objectives import OBJECTIVES
+from depthprune.sites import PruningPlan
+from depthprune.surgery import (
+    check_plan,
+    install_slots,
+    open_slots,
+    replacement_parameters,
+    replacement_state,
+    switched,
+)
+
+SETTINGS = ("base", "revision", "replacement", "options", "objective")
+
+
+class RecoveryModule(LightningModule):
+    """Trains the replacements of one pruning plan.
+
+    Args:
+        base: the unpruned model: an embedded name, a hub name or a folder.
+        plan: path of the plan's JSON file.
+        replacement: what stands in every removed site; the plan's own replacements if not given.
+        options: options of that replacement, such as ``{"rank": 16}``.
+        objective: what is minimised, a name from ``depthprune.recovery.objectives.OBJECTIVES``.
+        dtype: dtype of the base model; replacements are fp32.
+        revision: the base model's revision on the hub.
+        attn_implementation: the base model's attention.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+        optimizer: makes the optimizer from the parameters.
+        scheduler: makes the learning-rate schedule, stepped after every optimizer step; constant if not given.
+    """
+
+    model: PreTrainedModel | None = None
+
+    def __init__(
+        self,
+        base: str,
+        plan: str,
+        replacement: str | None = None,
+        options: dict[str, Any] | None = None,
+        objective: str = "language_modelling",
+        dtype: str = "auto",
+        revision: str | None = None,
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0),
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        if objective not in OBJECTIVES:
+            raise unknown_name("objective", objective, OBJECTIVES)
+        if options and replacement is None:
+            raise ValueError("Options belong to a replacement: set model.replacement too.")
+        self.save_hyperparameters(ignore=["optimizer", "scheduler"])
+        self.plan = PruningPlan.load(plan)
+        if replacement is not None:
+            self.plan = self.plan.with_replacement(replacement, **(options or {}))
+        self.make_optimizer = optimizer
+        self.make_scheduler = scheduler
+        self.strict_loading = False  # checkpoints lack the base on purpose; load_state_dict checks the rest itself
+        self.is_calibrated = False
+        self.domain_metrics: dict[str, DocumentLoss] = {}
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, plan: str, **settings: Any) -> RecoveryModule:
+        """A module around a model in memory, whose slots it installs and leaves in place.
+
+        Args:
+            model: the model.
+            plan: path of the plan's JSON file.
+            settings: other arguments of the class.
+        """
+        module = cls(base=model.config._name_or_path, plan=plan, **settings)
+        module.model = model
+        return module
+
+    def configure_model(self) -> None:
+        """Load the base model, freeze it and install the slots, before any strategy wraps or shards it."""
+        if self.model is None:
+            self.model, _ = load(
+                self.hparams["base"],
+                dtype=self.hparams["dtype"],
+                revision=self.hparams["revision"],
+                attn_implementation=self.hparams["attn_implementation"],
+            )
+        if open_slots(self.model):
+            return
+        check_plan(self.model, self.plan)
+        self.model.requires_grad_(False)
+        install_slots(self.model, self.plan)
+        if self.hparams["gradient_checkpointing"]:
+            self.model.gradient_checkpointing_enable()
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The model with its slots; there once :meth:`configure_model` ran."""
+        assert self.model is not None
+        return self.model
+
+    def calibrate(self) -> None:
+        """Start from the emulated update, measured on the data module's calibration text, unless already restored."""
+        if self.is_calibrated:
+            return
+        datamodule = self._datamodule()
+        self.print(f"Calibrating the mean updates of {len(self.plan.sites)} sites.")
+        calibrate_on(self.causal_lm, self.plan, datamodule.calibration_dataloader())
+        self.is_calibrated = True
+
+    def on_fit_start(self) -> None:
+        """Calibrate, and check that there is something to train."""
+        if not replacement_parameters(self.causal_lm):
+            raise ValueError(
+                "The plan's replacements have nothing to train: set model.replacement to low_rank_adapter, "
+                "or use `depthprune prune`."
+            )
+        self.calibrate()
+
+    def on_validation_start(self) -> None:
+        """Calibrate if the run only validates."""
+        self.calibrate()
+
+    def on_test_start(self) -> None:
+        """Calibrate if the run only tests."""
+        self.calibrate()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The objective on one batch."""
+        loss = OBJECTIVES[self.hparams["objective"]](self.causal_lm, batch)
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"The loss is {loss.item()} at step {self.global_step}: lower the learning rate. "
+                "The last checkpoint is good."
+            )
+        self.log("4_training/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        self.log("4_training/learning_rate", optimizer.param_groups[0]["lr"])
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation's sums."""
+        self._start_domains(self.trainer.val_dataloaders)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to its domain's loss."""
+        self._add_to_domain(batch, dataloader_idx)
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the last test's sums."""
+        self._start_domains(self.trainer.test_dataloaders)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to its domain's loss."""
+        self._add_to_domain(batch, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the losses of all domains."""
+        self._log_domains()
+
+    def on_test_epoch_end(self) -> None:
+        """Log the losses of all domains."""
+        self._log_domains()
+
+    def domain_losses(self) -> dict[str, DomainLoss]:
+        """The losses of the validation or test that just ended, by domain, pooled over processes."""
+        return {name: metric.compute() for name, metric in self.domain_metrics.items()}
+
+    def losses_at(self, position: str, loaders: Mapping[str, Iterable[Batch]]) -> dict[str, DomainLoss]:
+        """The losses of another variant of the same weights.
+
+        Args:
+            position: what the slots are switched to, one of ``depthprune.surgery.POSITIONS``.
+            loaders: batches by domain, with a ``dataset`` that knows its ``document_count``.
+        """
+        with switched(self.causal_lm, position):
+            return {
+                name: document_loss(self.causal_lm, loader, _documents(loader)) for name, loader in loaders.items()
+            }
+
+    def _start_domains(self, loaders: Mapping[str, Any]) -> None:
+        device = self.causal_lm.get_input_embeddings().weight.device
+        self.domain_metrics = {name: DocumentLoss(_documents(loader)).to(device) for name, loader in loaders.items()}
+
+    def _add_to_domain(self, batch: Batch, dataloader_idx: int) -> None:
+        metric = list(self.domain_metrics.values())[dataloader_idx]
+        metric.update(token_losses(self.causal_lm, batch), batch)
+
+    def _log_domains(self) -> None:
+        for name, loss in self.domain_losses().items():
+            for figure in ("loss", "perplexity", "bits_per_byte"):
+                self.log(f"3_domains/{name}/{figure}", getattr(loss, figure), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over the replacements' parameters, and its schedule by steps."""
+        optimizer = self.make_optimizer(replacement_parameters(self.causal_lm))
+        if self.make_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
+        }
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Every parameter and buffer of the replacements, and nothing of the base."""
+        assert not args and not kwargs, "the replacements' state has one form"
+        return replacement_state(self)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take the replacements from a checkpoint.
+
+        Raises:
+            ValueError: it lacks a replacement of this plan, or holds another one.
+        """
+        expected = set(replacement_state(self))
+        if expected != set(state_dict):
+            raise ValueError(
+                f"The checkpoint is for other replacements: it lacks {sorted(expected - set(state_dict))[:3]} and has "
+                f"{sorted(set(state_dict) - expected)[:3]} too many. Use the plan and replacement it was made with."
+            )
+        self.is_calibrated = True
+        return nn.Module.load_state_dict(self, state_dict, strict=False, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the plan and what resuming must not change."""
+        checkpoint["depthprune"] = {"plan": self.plan.to_dict(), "settings": self._settings()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume with other settings than the run was started with.
+
+        Raises:
+            ValueError: the checkpoint is none of depthprune's, or a setting differs.
+        """
+        saved = checkpoint.get("depthprune")
+        if saved is None:
+            raise ValueError("The checkpoint was not written by `depthprune fit`: name one that was.")
+        saved_plan = PruningPlan.from_dict(saved["plan"], "the checkpoint's plan")
+        if [removal.to_dict() for removal in saved_plan.removals] != [r.to_dict() for r in self.plan.removals]:
+            raise ValueError(
+                "The checkpoint was made with another plan or replacement: drop the flags that change it, or start anew."
+            )
+        settings = self._settings()
+        for name, value in settings.items():
+            if saved["settings"].get(name) != value:
+                raise ValueError(
+                    f"The checkpoint was made with {name}={saved['settings'].get(name)!r}, and now it is {value!r}: "
+                    "drop the flag, or start anew without --ckpt_path."
+                )
+
+    def _settings(self) -> dict[str, Any]:
+        """What must stay the same when a run is resumed."""
+        optimizer = self.make_optimizer([nn.Parameter(torch.zeros(1))])
+        defaults = {name: value for name, value in optimizer.defaults.items() if isinstance(value, int | float)}
+        return {
+            **{name: self.hparams[name] for name in SETTINGS},
+            "optimizer": type(optimizer).__name__,
+            **{f"optimizer.{name}": value for name, value in defaults.items()},
+        }
+
+    def _datamodule(self) -> Any:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is None or not hasattr(datamodule, "calibration_dataloader"):
+            raise ValueError("Give the Trainer a TextDataModule: the replacements are calibrated on its text.")
+        return datamodule
+
+
+def _documents(loader: Any) -> int:
+    return loader.dataset.document_count

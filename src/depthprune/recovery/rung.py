@@ -1,0 +1,146 @@
+"""One rung of the recovery ladder, trained on a model in memory and left in place for a look at it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from depthprune.callbacks.forgetting import ForgettingMonitor
+from depthprune.callbacks.overfitting import OverfittingMonitor
+from depthprune.callbacks.recorder import LossRecorder
+from depthprune.data.module import TextDataModule
+from depthprune.recovery.closed_form import calibrate
+from depthprune.recovery.module import RecoveryModule
+from depthprune.sites import PruningPlan, Site
+from depthprune.surgery import remove_slots, replacement_parameters
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a study trains a replacement.
+
+    Attributes:
+        replacement: low_rank_adapter.
+        options: its options.
+        steps: optimizer steps; a multiple of 4, one validation after each quarter.
+        batch_size: sequences of a step.
+        learning_rate: AdamW's, without weight decay, after a linear warm-up over the first tenth.
+    """
+
+    replacement: str = "low_rank_adapter"
+    options: Mapping[str, Any] = field(default_factory=lambda: {"rank": 16})
+    steps: int = 16
+    batch_size: int = 4
+    learning_rate: float = 5e-4
+
+    def __post_init__(self) -> None:
+        if self.steps < 4 or self.steps % 4:
+            raise ValueError(f"training.steps is {self.steps}: choose a multiple of 4, for a validation each quarter.")
+        if self.learning_rate <= 0 or self.batch_size < 1:
+            raise ValueError("training.learning_rate and training.batch_size must be above 0.")
+
+
+@contextmanager
+def train_rung(
+    causal_lm: PreTrainedModel,
+    name: str,
+    plan: PruningPlan,
+    means: Mapping[Site, Tensor],
+    data: TextDataModule,
+    training: Training,
+    folder: Path,
+    seed: int,
+) -> Iterator[dict[str, Any]]:
+    """Train the replacements of a plan; inside the block the model carries them, afterwards it is unpruned again.
+
+    A killed run goes on from its last checkpoint.
+
+    Args:
+        causal_lm: the model, without slots.
+        name: the rung's name, for its folder and its TensorBoard run.
+        plan: the sites; their replacement comes from ``training``.
+        means: the mean updates of the plan's sites.
+        data: the text.
+        training: how to train.
+        folder: checkpoints go to ``folder/training/name``, event files to ``folder/tensorboard``.
+        seed: seed of the adapters' first weights and of dropout.
+
+    Yields:
+        What a study puts down about the rung.
+    """
+    seed_everything(seed, verbose=False)
+    run_folder = folder / "training" / name
+    plan_path = folder / "plans" / f"{name}.json"
+    warmup = max(1, training.steps // 10)
+    module = RecoveryModule.of(
+        causal_lm,
+        plan=str(plan_path),
+        replacement=training.replacement,
+        options=dict(training.options),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / warmup)
+        ),
+    )
+    try:
+        module.configure_model()
+        calibrate(causal_lm, module.plan, means)
+        module.is_calibrated = True
+        recorder = LossRecorder()
+        last = run_folder / "last.ckpt"
+        trainer = Trainer(
+            accelerator=causal_lm.device.type if causal_lm.device.type == "cpu" else "auto",
+            devices=1,
+            max_steps=training.steps,
+            val_check_interval=training.steps // 4,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            gradient_clip_val=1.0,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            logger=TensorBoardLogger(folder, name="tensorboard", version=name),
+            callbacks=[
+                recorder,
+                OverfittingMonitor(),
+                ForgettingMonitor(),
+                ModelCheckpoint(run_folder, every_n_train_steps=training.steps // 4, save_top_k=0, save_last=True),
+            ],
+        )
+        trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None)
+        yield _describe(module, recorder, training, data)
+    finally:
+        remove_slots(causal_lm)
+
+
+def _describe(
+    module: RecoveryModule, recorder: LossRecorder, training: Training, data: TextDataModule
+) -> dict[str, Any]:
+    in_domain = data.domain_names[0]
+    history = recorder.history
+    final, before = history[training.steps][in_domain], history[training.steps * 3 // 4][in_domain]
+    last_quarter = final.minus(before)
+    return {
+        "replacement": training.replacement,
+        "options": dict(training.options),
+        "steps": training.steps,
+        "tokens": training.steps * training.batch_size * data.sequence_length,
+        "trainable_parameters": sum(parameter.numel() for parameter in replacement_parameters(module.causal_lm)),
+        "learning_rate": training.learning_rate,
+        "curve": [
+            {"step": step, **{domain: loss.loss for domain, loss in losses.items()}}
+            for step, losses in sorted(history.items())
+        ],
+        "last_quarter": {"value": last_quarter.value, "low": last_quarter.low, "high": last_quarter.high},
+        "converged": not last_quarter.high < 0,
+    }

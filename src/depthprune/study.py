@@ -1,0 +1,360 @@
+"""The paper's experiments end to end on one model: score, prune, recover, compare.
+
+Every stage adds to ``study.json``; a killed study goes on from there. The report is rendered from that file alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric import Fabric
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from depthprune import embedded
+from depthprune.commands.influence import write_influence
+from depthprune.data.module import TextDataModule
+from depthprune.data.text import RoleShares, TextSource
+from depthprune.evaluation.domains import DomainLoss, document_loss
+from depthprune.families import Anatomy, architecture_of
+from depthprune.files import make_folder, read_json, whole_file, write_json
+from depthprune.head import expects_bos
+from depthprune.influence.static import estimate_influence
+from depthprune.influence.table import InfluenceTable
+from depthprune.loading import load
+from depthprune.moments import mean_updates
+from depthprune.names import unknown_name
+from depthprune.progress import tracked
+from depthprune.recovery.closed_form import calibrate
+from depthprune.recovery.rung import Training, train_rung
+from depthprune.report import console_table, write_report
+from depthprune.sites import KINDS, PruningPlan, Site
+from depthprune.surgery import install_slots, remove_slots, switched
+
+STUDY_VERSION = 1
+PLURALS = {"block": "blocks", "attention": "attentions", "mlp": "mlps"}
+
+
+@dataclass(frozen=True)
+class Removed:
+    """One plan of a study.
+
+    Attributes:
+        kind: block, attention or mlp.
+        remove: how many sites of that kind go, lowest influence first.
+        train: whether a replacement is trained for it too.
+    """
+
+    kind: str
+    remove: int
+    train: bool = False
+
+    @property
+    def name(self) -> str:
+        """Such as ``blocks-6``."""
+        return f"{PLURALS[self.kind]}-{self.remove}"
+
+
+def study(
+    model: str,
+    text: TextSource,
+    domains: dict[str, TextSource],
+    plans: list[Removed],
+    output: str,
+    name: str = "study",
+    metric: str = "cosine",
+    score_sequences: int = 32,
+    calibration_sequences: int = 32,
+    test_sequences: int = 16,
+    tune_sequences: int = 8,
+    sequence_length: int = 256,
+    batch_size: int = 4,
+    training: Training = Training(),  # noqa: B008 -- frozen
+    shares: RoleShares = RoleShares(),  # noqa: B008 -- frozen
+    seed: int = 0,
+    dtype: str = "auto",
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    accelerator: str = "auto",
+) -> None:
+    """Score all sites of a model, prune it in several ways, recover, and compare on held-out text.
+
+    Writes study.json, report.md with figures, the plans, checkpoints and TensorBoard event files. The same command
+    goes on where a killed one stopped.
+
+    Args:
+        model: an embedded model's name, a hub name or a folder.
+        text: the text for scoring, calibration and training; its held-out part is the first domain.
+        domains: other texts, never trained on, by name.
+        plans: what to remove: kind and number of sites, and whether to train a replacement.
+        output: folder for the results.
+        name: the study's name in the report.
+        metric: the influence metric that chooses the sites.
+        score_sequences: sequences for scoring.
+        calibration_sequences: sequences for the mean updates.
+        test_sequences: sequences of each domain for the figures in the tables.
+        tune_sequences: sequences of each domain for the curves while training.
+        sequence_length: tokens of a sequence.
+        batch_size: sequences of a batch.
+        training: the trained replacement.
+        shares: shares of the documents for the four roles.
+        seed: seed of the split into roles, of the order of the text and of training.
+        dtype: auto (as saved), bfloat16, float16 or float32.
+        revision: branch, tag or commit on the hub.
+        attn_implementation: sdpa, eager, flash_attention_2, ...
+        accelerator: as in Lightning: auto, cpu, gpu.
+    """
+    config = _as_data({key: value for key, value in locals().items() if key != "output"})
+    for plan in plans:
+        if plan.kind not in KINDS:
+            raise unknown_name("kind of site", plan.kind, KINDS)
+    folder = make_folder(output)
+    results = _Results.open(folder / "study.json", config)
+    if results.get("finished"):
+        print(f"This study is finished: rendering its report anew from {folder}/study.json.")
+        return _finish(results, folder, model)
+    print(
+        f"Study {name}: {len(plans)} plans on {model}, text {text.path}, domains {', '.join(domains) or 'none'}; "
+        f"results go to {output}.",
+        flush=True,
+    )
+    causal_lm, tokenizer = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
+    causal_lm.to(Fabric(accelerator=accelerator, devices=1).device)
+    data = TextDataModule(
+        tokenizer=model,
+        revision=revision,
+        text=text,
+        domains=domains,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        score_sequences=score_sequences,
+        calibration_sequences=calibration_sequences,
+        evaluation_sequences=tune_sequences,
+        test_sequences=test_sequences,
+        sequences=training.steps * training.batch_size,
+        shares=shares,
+        seed=seed,
+    )
+    results.describe(causal_lm, model, data, expects_bos(tokenizer))
+    table = _score(results, causal_lm, data, metric, folder)
+    means = _means(results, causal_lm, data, folder)
+    chosen = {plan.name: table.plan(metric, [plan.kind], plan.remove) for plan in plans}
+    for plan in plans:
+        content = {"kind": plan.kind, "remove": plan.remove, "plan": chosen[plan.name].to_dict()}
+        results.put("plans", plan.name, content)
+        chosen[plan.name].save(folder / "plans" / f"{plan.name}.json")
+    loaders = data.test_dataloader()
+    _evaluate(results, causal_lm, chosen, means, loaders)
+    for plan in plans:
+        if plan.train:
+            _train(results, causal_lm, plan.name, chosen[plan.name], means, data, loaders, training, folder, seed)
+    results.content["finished"] = True
+    results.save()
+    return _finish(results, folder, model)
+
+
+class _Results:
+    """The study's results: sections of named parts, saved whole after each part."""
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        self.path = path
+        self.content = content
+
+    @classmethod
+    def open(cls, path: Path, config: dict[str, Any]) -> _Results:
+        """Go on with the results in a file, or start new ones.
+
+        Raises:
+            ValueError: the file is another study's.
+        """
+        if not path.exists():
+            return cls(path, {"depthprune_study": STUDY_VERSION, "name": config["name"], "config": config})
+        content = read_json(path, "a study's results")
+        if not isinstance(content, dict) or content.get("depthprune_study") != STUDY_VERSION:
+            raise ValueError(f"{path} is not a study of this version: remove it, or name another output.")
+        saved = content["config"]
+        differing = sorted(key for key in {*saved, *config} if saved.get(key) != config.get(key))
+        if differing:
+            raise ValueError(
+                f"{path.parent} holds a study with another configuration ({', '.join(differing)} differ): "
+                "name another output, or remove it."
+            )
+        print(f"Going on with the study in {path.parent}.")
+        return cls(path, content)
+
+    def get(self, section: str, part: str | None = None) -> Any:
+        """A section or a part of it; None if it is not there yet."""
+        found = self.content.get(section)
+        return found if part is None or found is None else found.get(part)
+
+    def put(self, section: str, part: str, content: Any) -> None:
+        """Add a part and save."""
+        self.content.setdefault(section, {})[part] = content
+        self.save()
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        write_json(self.path, self.content)
+
+    def describe(self, causal_lm: PreTrainedModel, name: str, data: TextDataModule, bos: bool) -> None:
+        """Put down what the study stands on."""
+        packages = ("depthprune", "torch", "transformers", "lightning", "datasets")
+        config = self.content["config"]
+        length = config["sequence_length"]
+        self.content.update(
+            command=f"depthprune study --config configs/study/{config['name']}.yaml",
+            versions={"python": platform.python_version(), **{package: version(package) for package in packages}},
+            model={
+                "name": name,
+                "note": embedded.MODELS[name].note if name in embedded.MODELS else None,
+                "architecture": architecture_of(causal_lm.config),
+                "parameters": sum(parameter.numel() for parameter in causal_lm.parameters()),
+                "bos": bos,
+            },
+            texts={
+                "text": config["text"]["path"],
+                "domains": list(data.domain_names),
+                "sequence_length": length,
+                "score_tokens": config["score_sequences"] * length,
+                "calibration_tokens": config["calibration_sequences"] * length,
+            },
+        )
+        self.save()
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds of a block to a stage's."""
+        start = time.monotonic()
+        yield
+        seconds = self.content.setdefault("seconds", {})
+        seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - start, 1)
+
+
+def _score(
+    results: _Results, causal_lm: PreTrainedModel, data: TextDataModule, metric: str, folder: Path
+) -> InfluenceTable:
+    saved = results.get("influence")
+    if saved is not None:
+        return InfluenceTable.from_dict(saved, "the study's influence")
+    config = results.content["config"]
+    about = {"model": config["model"], "text": config["text"]["path"], "role": "score", "seed": config["seed"]}
+    with results.timed("score"):
+        table = estimate_influence(
+            causal_lm, tracked(data.score_dataloader(), "Scoring all sites"), provenance=about
+        )
+    table.of_metric(metric)  # an unknown metric is refused before anything else runs
+    results.content["influence"] = table.to_dict()
+    results.save()
+    write_influence(table, folder)
+    return table
+
+
+def _means(
+    results: _Results, causal_lm: PreTrainedModel, data: TextDataModule, folder: Path
+) -> Mapping[Site, Tensor]:
+    path = folder / "mean_updates.safetensors"
+    if path.exists():
+        return {Site.parse(name): mean for name, mean in load_file(path).items()}
+    batches = tracked(data.calibration_dataloader(), "Mean updates of all sites")
+    with results.timed("score"):
+        means = mean_updates(causal_lm, batches, Anatomy.of(causal_lm).sites())
+    with whole_file(path) as partial:
+        save_file({str(site): mean.cpu().contiguous() for site, mean in means.items()}, partial)
+    return means
+
+
+def _evaluate(
+    results: _Results,
+    causal_lm: PreTrainedModel,
+    plans: Mapping[str, PruningPlan],
+    means: Mapping[Site, Tensor],
+    loaders: Mapping[str, Any],
+) -> None:
+    """The losses of the unpruned model, and of every plan without and with the emulated update."""
+    if results.get("losses", "unpruned") is None:
+        with results.timed("evaluate"):
+            losses = _losses(causal_lm, loaders, "unpruned")
+        results.put("losses", "unpruned", losses)
+    for name, plan in plans.items():
+        for position in ("none", "emulated_update"):
+            variant = f"{name}/{position}"
+            if results.get("losses", variant) is not None:
+                continue
+            emulated = plan.with_replacement("emulated_update")
+            install_slots(causal_lm, emulated)
+            try:
+                calibrate(causal_lm, emulated, means)
+                with switched(causal_lm, position), results.timed("evaluate"):
+                    losses = _losses(causal_lm, loaders, variant)
+            finally:
+                remove_slots(causal_lm)
+            results.put("losses", variant, losses)
+
+
+def _losses(causal_lm: PreTrainedModel, loaders: Mapping[str, Any], variant: str) -> dict[str, Any]:
+    losses = {}
+    for domain, loader in loaders.items():
+        batches = tracked(loader, f"{variant} on {domain}")
+        losses[domain] = document_loss(causal_lm, batches, loader.dataset.document_count).to_dict()
+    return losses
+
+
+def _train(
+    results: _Results,
+    causal_lm: PreTrainedModel,
+    name: str,
+    plan: PruningPlan,
+    means: Mapping[Site, Tensor],
+    data: TextDataModule,
+    loaders: Mapping[str, Any],
+    training: Training,
+    folder: Path,
+    seed: int,
+) -> None:
+    variant = f"{name}/{training.replacement}"
+    if results.get("losses", variant) is not None:
+        return
+    print(f"Training {training.replacement} for {name}: {training.steps} steps.", flush=True)
+    with results.timed("train"), train_rung(causal_lm, name, plan, means, data, training, folder, seed) as rung:
+        with results.timed("evaluate"):
+            losses = _losses(causal_lm, loaders, variant)
+    results.content.setdefault("training", {})[name] = rung
+    results.put("losses", variant, losses)
+
+
+def _finish(results: _Results, folder: Path, model: str) -> None:
+    report = write_report(results.content, folder)
+    Console().print(console_table(results.content))
+    trained = [name for name in results.content.get("training", {})]
+    print(f"Report: {report}")
+    print("Next:")
+    print(f"  tensorboard --logdir {folder}/tensorboard")
+    for name in trained[:1]:
+        print(
+            f"  depthprune prune --model {model} --checkpoint {folder}/training/{name}/last.ckpt "
+            f"--output checkpoints/{name}"
+        )
+    print("  depthprune fit --config configs/fit/quickstart.yaml")
+
+
+def _as_data(value: Any) -> Any:
+    """Plain JSON-ready data of arguments and dataclasses."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _as_data(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): _as_data(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_data(item) for item in value]
+    return value
