@@ -10,13 +10,11 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import lightning
-import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -25,12 +23,12 @@ from transformers import PreTrainedModel
 
 from depthprune import embedded
 from depthprune.commands.influence import write_influence
+from depthprune.data.batches import Batches
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.evaluation.domains import DomainLoss, document_loss
 from depthprune.families import Anatomy, architecture_of
 from depthprune.files import make_folder, read_json, whole_file, write_json
-from depthprune.head import expects_bos
 from depthprune.influence.static import estimate_influence
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
@@ -130,7 +128,7 @@ def study(
         f"results go to {output}.",
         flush=True,
     )
-    causal_lm, tokenizer = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
+    causal_lm, _ = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
     causal_lm.to(Fabric(accelerator=accelerator, devices=1).device)
     data = TextDataModule(
         tokenizer=model,
@@ -147,7 +145,7 @@ def study(
         shares=shares,
         seed=seed,
     )
-    results.describe(causal_lm, model, data, expects_bos(tokenizer))
+    results.describe(causal_lm, model, data)
     table = _score(results, causal_lm, data, metric, folder)
     means = _means(results, causal_lm, data, folder)
     chosen = {plan.name: table.plan(metric, [plan.kind], plan.remove) for plan in plans}
@@ -208,7 +206,7 @@ class _Results:
         """Write the file, whole or not at all."""
         write_json(self.path, self.content)
 
-    def describe(self, causal_lm: PreTrainedModel, name: str, data: TextDataModule, bos: bool) -> None:
+    def describe(self, causal_lm: PreTrainedModel, name: str, data: TextDataModule) -> None:
         """Put down what the study stands on."""
         packages = ("depthprune", "torch", "transformers", "lightning", "datasets")
         config = self.content["config"]
@@ -221,11 +219,11 @@ class _Results:
                 "note": embedded.MODELS[name].note if name in embedded.MODELS else None,
                 "architecture": architecture_of(causal_lm.config),
                 "parameters": sum(parameter.numel() for parameter in causal_lm.parameters()),
-                "bos": bos,
+                "bos": data.spec.bos is not None,
             },
             texts={
                 "text": config["text"]["path"],
-                "domains": list(data.domain_names),
+                "domains": list(data.domains),
                 "sequence_length": length,
                 "score_tokens": config["score_sequences"] * length,
                 "calibration_tokens": config["calibration_sequences"] * length,
@@ -280,35 +278,30 @@ def _evaluate(
     causal_lm: PreTrainedModel,
     plans: Mapping[str, PruningPlan],
     means: Mapping[Site, Tensor],
-    loaders: Mapping[str, Any],
+    loaders: Mapping[str, Batches],
 ) -> None:
     """The losses of the unpruned model, and of every plan without and with the emulated update."""
-    if results.get("losses", "unpruned") is None:
-        with results.timed("evaluate"):
-            losses = _losses(causal_lm, loaders, "unpruned")
-        results.put("losses", "unpruned", losses)
-    for name, plan in plans.items():
-        for position in ("none", "emulated_update"):
-            variant = f"{name}/{position}"
-            if results.get("losses", variant) is not None:
-                continue
-            emulated = plan.with_replacement("emulated_update")
-            install_slots(causal_lm, emulated)
-            try:
-                calibrate(causal_lm, emulated, means)
-                with switched(causal_lm, position), results.timed("evaluate"):
-                    losses = _losses(causal_lm, loaders, variant)
-            finally:
-                remove_slots(causal_lm)
-            results.put("losses", variant, losses)
+    variants = [("unpruned", PruningPlan(()), "original")] + [
+        (f"{name}/{position}", plan.with_replacement("emulated_update"), position)
+        for name, plan in plans.items()
+        for position in ("none", "emulated_update")
+    ]
+    todo = [variant for variant in variants if results.get("losses", variant[0]) is None]
+    for variant, plan, position in tracked(todo, f"Test losses of {len(todo)} variants"):
+        install_slots(causal_lm, plan)
+        try:
+            calibrate(causal_lm, plan, means)
+            with switched(causal_lm, position), results.timed("evaluate"):
+                losses = _losses(causal_lm, loaders)
+        finally:
+            remove_slots(causal_lm)
+        results.put("losses", variant, losses)
 
 
-def _losses(causal_lm: PreTrainedModel, loaders: Mapping[str, Any], variant: str) -> dict[str, Any]:
-    losses = {}
-    for domain, loader in loaders.items():
-        batches = tracked(loader, f"{variant} on {domain}")
-        losses[domain] = document_loss(causal_lm, batches, loader.dataset.document_count).to_dict()
-    return losses
+def _losses(causal_lm: PreTrainedModel, loaders: Mapping[str, Batches]) -> dict[str, Any]:
+    return {
+        domain: document_loss(causal_lm, loader, loader.document_count).to_dict() for domain, loader in loaders.items()
+    }
 
 
 def _train(
@@ -318,7 +311,7 @@ def _train(
     plan: PruningPlan,
     means: Mapping[Site, Tensor],
     data: TextDataModule,
-    loaders: Mapping[str, Any],
+    loaders: Mapping[str, Batches],
     training: Training,
     folder: Path,
     seed: int,
@@ -329,7 +322,7 @@ def _train(
     print(f"Training {training.replacement} for {name}: {training.steps} steps.", flush=True)
     with results.timed("train"), train_rung(causal_lm, name, plan, means, data, training, folder, seed) as rung:
         with results.timed("evaluate"):
-            losses = _losses(causal_lm, loaders, variant)
+            losses = _losses(causal_lm, loaders)
     results.content.setdefault("training", {})[name] = rung
     results.put("losses", variant, losses)
 

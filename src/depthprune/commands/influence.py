@@ -13,7 +13,6 @@ from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.figures import influence_figure, write_figure
 from depthprune.files import make_folder
-from depthprune.head import expects_bos
 from depthprune.influence.static import STATIC_METRICS, estimate_influence
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
@@ -70,7 +69,7 @@ def influence(
     fabric.launch()
     if fabric.is_global_zero:
         print(f"Scoring {', '.join(kinds)} sites of {model} on {sequences} sequences of {text.path}.", flush=True)
-    causal_lm, tokenizer = load(
+    causal_lm, _ = load(
         model, dtype=dtype, revision=revision, device_map=device_map, attn_implementation=attn_implementation
     )
     if device_map is None:
@@ -94,7 +93,7 @@ def influence(
         "role": "score",
         "sequence_length": sequence_length,
         "seed": seed,
-        "bos": expects_bos(tokenizer),
+        "bos": data.spec.bos is not None,
     }
     table = estimate_influence(causal_lm, batches, metrics, kinds, denominator, leave_out_massive, about)
     if fabric.is_global_zero:

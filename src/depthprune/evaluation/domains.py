@@ -38,6 +38,15 @@ class Interval:
         """Whether the difference is beyond noise."""
         return self.low > 0 or self.high < 0
 
+    def to_dict(self) -> dict[str, float | None]:
+        """The interval as JSON-ready data; ends that are not known are None."""
+        return {name: None if math.isnan(end) else end for name, end in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, float | None]) -> Interval:
+        """Read what :meth:`to_dict` gave."""
+        return cls(**{name: math.nan if end is None else end for name, end in data.items()})
+
 
 @dataclass(frozen=True)
 class DomainLoss:
@@ -137,9 +146,13 @@ class DocumentLoss(Metric):
         self.tokens.index_add_(0, documents, torch.ones_like(documents, dtype=self.tokens.dtype))
         self.bytes.index_add_(0, documents, batch["bytes"][:, 1:][mask].to(self.bytes.dtype))
 
-    def compute(self) -> DomainLoss:
+    def compute(self) -> dict[str, Tensor]:
+        """The sums over all batches and processes, by name."""
+        return {"nats": self.nats, "tokens": self.tokens, "bytes": self.bytes}
+
+    def domain_loss(self) -> DomainLoss:
         """The sums over all batches and processes."""
-        return DomainLoss(*(state.cpu().numpy() for state in (self.nats, self.tokens, self.bytes)))
+        return DomainLoss(**{name: sums.cpu().numpy().copy() for name, sums in self.compute().items()})
 
 
 def document_loss(model: PreTrainedModel, batches: Iterable[Batch], documents: int) -> DomainLoss:
@@ -159,4 +172,4 @@ def document_loss(model: PreTrainedModel, batches: Iterable[Batch], documents: i
                 metric.update(token_losses(model, batch), batch)
     finally:
         model.train(was_training)
-    return metric.compute()
+    return metric.domain_loss()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from depthprune.data.batches import Batches
 from depthprune.evaluation.domains import DocumentLoss, DomainLoss, document_loss
 from depthprune.head import Batch, token_losses
 from depthprune.loading import load
@@ -47,8 +48,6 @@ class RecoveryModule(LightningModule):
         scheduler: makes the learning-rate schedule, stepped after every optimizer step; constant if not given.
     """
 
-    model: PreTrainedModel | None = None
-
     def __init__(
         self,
         base: str,
@@ -64,6 +63,7 @@ class RecoveryModule(LightningModule):
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
+        self.model: PreTrainedModel | None = None
         if objective not in OBJECTIVES:
             raise unknown_name("objective", objective, OBJECTIVES)
         if options and replacement is None:
@@ -180,23 +180,23 @@ class RecoveryModule(LightningModule):
 
     def domain_losses(self) -> dict[str, DomainLoss]:
         """The losses of the validation or test that just ended, by domain, pooled over processes."""
-        return {name: metric.compute() for name, metric in self.domain_metrics.items()}
+        return {name: metric.domain_loss() for name, metric in self.domain_metrics.items()}
 
-    def losses_at(self, position: str, loaders: Mapping[str, Iterable[Batch]]) -> dict[str, DomainLoss]:
+    def losses_at(self, position: str, loaders: Mapping[str, Batches]) -> dict[str, DomainLoss]:
         """The losses of another variant of the same weights.
 
         Args:
             position: what the slots are switched to, one of ``depthprune.surgery.POSITIONS``.
-            loaders: batches by domain, with a ``dataset`` that knows its ``document_count``.
+            loaders: batches by domain.
         """
         with switched(self.causal_lm, position):
             return {
-                name: document_loss(self.causal_lm, loader, _documents(loader)) for name, loader in loaders.items()
+                name: document_loss(self.causal_lm, loader, loader.document_count) for name, loader in loaders.items()
             }
 
-    def _start_domains(self, loaders: Mapping[str, Any]) -> None:
+    def _start_domains(self, loaders: Mapping[str, Batches]) -> None:
         device = self.causal_lm.get_input_embeddings().weight.device
-        self.domain_metrics = {name: DocumentLoss(_documents(loader)).to(device) for name, loader in loaders.items()}
+        self.domain_metrics = {name: DocumentLoss(loader.document_count).to(device) for name, loader in loaders.items()}
 
     def _add_to_domain(self, batch: Batch, dataloader_idx: int) -> None:
         metric = list(self.domain_metrics.values())[dataloader_idx]
@@ -220,7 +220,7 @@ class RecoveryModule(LightningModule):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Every parameter and buffer of the replacements, and nothing of the base."""
         assert not args and not kwargs, "the replacements' state has one form"
-        return replacement_state(self)
+        return {f"model.{key}": value for key, value in replacement_state(self.causal_lm).items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take the replacements from a checkpoint.
@@ -228,7 +228,7 @@ class RecoveryModule(LightningModule):
         Raises:
             ValueError: it lacks a replacement of this plan, or holds another one.
         """
-        expected = set(replacement_state(self))
+        expected = set(self.state_dict())
         if expected != set(state_dict):
             raise ValueError(
                 f"The checkpoint is for other replacements: it lacks {sorted(expected - set(state_dict))[:3]} and has "
@@ -278,7 +278,3 @@ class RecoveryModule(LightningModule):
         if datamodule is None or not hasattr(datamodule, "calibration_dataloader"):
             raise ValueError("Give the Trainer a TextDataModule: the replacements are calibrated on its text.")
         return datamodule
-
-
-def _documents(loader: Any) -> int:
-    return loader.dataset.document_count

@@ -126,7 +126,7 @@ def train_rung(
 def _describe(
     module: RecoveryModule, recorder: LossRecorder, training: Training, data: TextDataModule
 ) -> dict[str, Any]:
-    in_domain = data.domain_names[0]
+    in_domain = next(iter(data.domains))
     history = recorder.history
     final, before = history[training.steps][in_domain], history[training.steps * 3 // 4][in_domain]
     last_quarter = final.minus(before)
@@ -141,6 +141,6 @@ def _describe(
             {"step": step, **{domain: loss.loss for domain, loss in losses.items()}}
             for step, losses in sorted(history.items())
         ],
-        "last_quarter": {"value": last_quarter.value, "low": last_quarter.low, "high": last_quarter.high},
+        "last_quarter": last_quarter.to_dict(),
         "converged": not last_quarter.high < 0,
     }

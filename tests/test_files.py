@@ -1,0 +1,135 @@
+"""Files and folders that are whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from depthprune.files import make_folder, read_json, whole_file, whole_folder, write_json, write_text
+
+
+def no_space(*_: Any, **__: Any) -> NoReturn:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def everything(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def break_off(writing: AbstractContextManager[Path], error: BaseException) -> None:
+    """Write half of a file or folder, then fail."""
+    with writing as partial:
+        (partial / "half" if partial.is_dir() else partial).write_text("half")
+        raise error
+
+
+def test_texts_and_json_are_written_into_new_folders(tmp_path: Path) -> None:
+    write_text(tmp_path / "a" / "b" / "text.txt", "grüße\n")
+    assert (tmp_path / "a" / "b" / "text.txt").read_text(encoding="utf-8") == "grüße\n"
+    write_json(tmp_path / "x.json", {"one": [1, 2.5, None]})
+    assert read_json(tmp_path / "x.json", "numbers") == {"one": [1, 2.5, None]}
+    assert everything(tmp_path) == {"a", "a/b", "a/b/text.txt", "x.json"}
+
+
+def test_new_files_and_folders_have_usual_permissions(tmp_path: Path) -> None:
+    umask = os.umask(0o022)
+    try:
+        write_text(tmp_path / "file", "x")
+        with whole_folder(tmp_path / "folder"):
+            pass
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("x"), KeyboardInterrupt()]
+)
+def test_a_failed_file_keeps_what_was_there(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text("old")
+    kind = ValueError if isinstance(error, OSError) else type(error)
+    with pytest.raises(kind):
+        break_off(whole_file(path), error)
+    assert path.read_text() == "old"
+    assert everything(tmp_path) == {"plan.json"}
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("x"), KeyboardInterrupt()]
+)
+def test_a_failed_folder_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+    kind = ValueError if isinstance(error, OSError) else type(error)
+    with pytest.raises(kind):
+        break_off(whole_folder(tmp_path / "new"), error)
+    assert everything(tmp_path) == set()
+
+
+def test_a_full_disk_that_another_library_reports(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match=r"Cannot write .*new: .*No space left.*Free some space"),
+        whole_folder(tmp_path / "new"),
+    ):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("place", ["mkdtemp", "mkstemp"])
+def test_a_disk_that_is_full_from_the_start(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, place, no_space)
+    writer: Any = whole_folder if place == "mkdtemp" else whole_file
+    with pytest.raises(ValueError, match="No space left"), writer(tmp_path / "new"):
+        pass
+    assert everything(tmp_path) == set()
+
+
+def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for writer in (whole_file, whole_folder):
+        with pytest.raises(ValueError, match="Cannot write"), writer(tmp_path / "file" / "deeper" / "new"):
+            pass
+    with pytest.raises(ValueError, match="Cannot write"):
+        make_folder(tmp_path / "file")
+    assert everything(tmp_path) == {"file"}
+
+
+def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(ValueError, match="Cannot write to the folder"):
+        write_text(tmp_path / "x", "x")
+
+
+def test_folders_are_new_or_empty(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with whole_folder(tmp_path / "empty") as partial:
+        (partial / "file").write_text("x")
+        assert everything(tmp_path / "empty") == set()
+    assert everything(tmp_path) == {"empty", "empty/file"}
+    with pytest.raises(ValueError, match="is not empty"), whole_folder(tmp_path / "empty"):
+        pass
+    with pytest.raises(ValueError, match="Cannot write"), whole_folder(tmp_path / "empty" / "file"):
+        pass
+    assert everything(tmp_path) == {"empty", "empty/file"}
+
+
+def test_numbers_that_json_does_not_have(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "x.json", {"value": float("nan")})
+    assert everything(tmp_path) == set()
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Cannot read a plan from .*x\.json"):
+        read_json(tmp_path / "x.json", "a plan")
+    (tmp_path / "x.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="Cannot read a plan"):
+        read_json(tmp_path / "x.json", "a plan")
+    (tmp_path / "x.json").write_text('{"a": ')
+    with pytest.raises(ValueError, match=r"is not a plan: it is not valid JSON"):
+        read_json(tmp_path / "x.json", "a plan")

@@ -1,0 +1,82 @@
+"""The trunk and the head apart, against the whole model in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from depthprune import head
+from depthprune.head import hidden_states, on_device, predicted_mask, token_losses
+from tests.tiny_models import FAMILIES, tiny_batch, tiny_model
+
+
+def exact_losses(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Cross-entropy of next tokens ``(B, T - 1)`` from a model's logits in float64."""
+    logits = model(**batch).logits[:, :-1].log_softmax(-1)
+    return -logits.gather(2, batch["input_ids"][:, 1:, None])[..., 0]
+
+
+@pytest.mark.parametrize("pad", [None, "left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_equal_those_of_the_whole_model(family: str, pad: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny_model(family), tiny_batch(pad)
+    monkeypatch.setattr(head, "CHUNK", 7)  # does not divide 3 x 11
+    with torch.no_grad():
+        exact, losses = exact_losses(copy.deepcopy(model).double(), batch), token_losses(model, batch)
+        assert torch.equal(token_losses(model, batch, hidden_states(model, batch)), losses)
+        last = model(**batch, output_hidden_states=True).hidden_states[-1]
+    keep = predicted_mask(batch)
+    assert losses.shape == keep.shape == (3, 11)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses[keep].double(), exact[keep], rtol=1e-5, atol=1e-5)
+    assert torch.equal(hidden_states(model, batch), last)
+    if pad is None:
+        torch.testing.assert_close(losses.mean(), model(**batch, labels=batch["input_ids"]).loss)
+
+
+def test_chunks_do_not_change_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "CHUNK", 4)
+    model, batch = tiny_model("qwen2"), tiny_batch()  # tied, so that the head's gradient joins the embedding's
+    token_losses(model, batch).mean().backward()
+    other = copy.deepcopy(model)
+    other.zero_grad()
+    exact_losses(other, batch).mean().backward()
+    for (name, one), (_, two) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_frozen_trunks_still_train_the_head() -> None:
+    model, batch = tiny_model("mistral"), tiny_batch()
+    model.model.requires_grad_(False)
+    token_losses(model, batch).mean().backward()
+    wanted = copy.deepcopy(model)
+    wanted.zero_grad()
+    exact_losses(wanted, batch).mean().backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, wanted.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_head_in_bf16_gives_fp32_losses() -> None:
+    model, batch = tiny_model(dtype=torch.bfloat16), tiny_batch()
+    with torch.no_grad():
+        losses = token_losses(model, batch)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, exact_losses(copy.deepcopy(model).float(), batch), rtol=0.1, atol=0.1)
+
+
+def test_which_predictions_count() -> None:
+    ids = torch.ones(2, 5, dtype=torch.long)
+    assert predicted_mask({"input_ids": ids}).tolist() == [[True] * 4] * 2
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+    wanted = [[False, False, True, True], [True, True, False, False]]
+    assert predicted_mask({"input_ids": ids, "attention_mask": mask}).tolist() == wanted
+
+
+def test_batches_go_where_the_model_takes_its_input() -> None:
+    model = torch.nn.Module()
+    model.get_input_embeddings = lambda: torch.nn.Embedding(2, 2, device="meta")  # type: ignore[assignment]
+    moved = list(on_device([tiny_batch("left"), tiny_batch()], model))  # type: ignore[arg-type]
+    assert [set(batch) for batch in moved] == [{"input_ids", "attention_mask"}, {"input_ids"}]
+    assert all(tensor.device.type == "meta" for batch in moved for tensor in batch.values())
