@@ -24,7 +24,7 @@ def snapshot(model: PreTrainedModel) -> dict[str, Any]:
     return {
         "state": {key: value.clone() for key, value in model.state_dict().items()},
         "classes": {name: type(module) for name, module in model.named_modules()},
-        "attributes": {name: set(module.__dict__) for name, module in model.named_modules()},
+        "attributes": {name: {*module.__dict__, *module._modules} for name, module in model.named_modules()},
         "logits": plain_logits(model, tiny_batch("left")),
     }
 

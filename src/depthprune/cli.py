@@ -14,7 +14,10 @@ LIGHTNING = {
 }
 COMMANDS = {
     "study": ("depthprune.study:study", "score, prune, recover and report on one model: the main job"),
-    "influence": ("depthprune.commands.influence:influence", "score sites; writes JSON, CSV, PNG and a TensorBoard figure"),
+    "influence": (
+        "depthprune.commands.influence:influence",
+        "score sites; writes JSON, CSV, PNG and a TensorBoard figure",
+    ),
     "prune": ("depthprune.commands.prune:prune", "make a plan from influence or site names, and the pruned model"),
     "list": ("depthprune.commands.catalogue:catalogue", "list everything that has a name: models, texts, metrics, ..."),
     "fetch": ("depthprune.commands.fetch:fetch", "fetch embedded models and texts now"),
@@ -48,7 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from jsonargparse import auto_cli
 
             room, function = COMMANDS[command][0].split(":")
-            auto_cli(getattr(import_module(room), function), args=rest, prog=f"depthprune {command}", as_positional=command == "fetch")
+            auto_cli(
+                getattr(import_module(room), function),
+                args=rest,
+                prog=f"depthprune {command}",
+                as_positional=command == "fetch",
+            )
         else:
             from depthprune.names import unknown_name
 

@@ -93,7 +93,7 @@ class Anatomy:
     @property
     def blocks(self) -> nn.ModuleList:
         """The list of blocks."""
-        return self.model.get_decoder().get_submodule(self.family.blocks)  # type: ignore[return-value]
+        return self.model.get_decoder().get_submodule(self.family.blocks)
 
     @property
     def final_norm(self) -> nn.Module:

@@ -1,7 +1,6 @@
 """Every plot, drawn from result tables with matplotlib's object-oriented interface and no global state.
 
-Colours are those of Okabe and Ito, which colour-blind readers tell apart; markers differ too. Sizes are chosen for a
-page that shows a figure 800 pixels wide.
+The look is set in :mod:`depthprune.plotting`.
 """
 
 from __future__ import annotations
@@ -11,31 +10,42 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from depthprune.evaluation.domains import Interval
 from depthprune.files import whole_file
 from depthprune.influence.table import InfluenceTable
 from depthprune.names import unknown_name
-from depthprune.results import EMULATED, NONE, PLURALS, StudyPlan, StudyResults, variant_label
+from depthprune.plotting import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    RESOLUTION,
+    errors,
+    legend,
+    new_figure,
+    plain,
+    tidy,
+)
+from depthprune.report.results import NONE, PLURALS, StudyPlan, StudyResults, variant_label
 
-WIDTH = 8.0  # inches
-RESOLUTION = 150  # dots per inch
 LOG_SPREAD = 30.0  # a log axis where the largest value is over so many times the smallest
 OWN_SCALE = 3.0  # plans so many times worse than all others get a panel of their own
 
-BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#8C8C8C"
 KIND_STYLES = {"block": (BLUE, "o"), "attention": (ORANGE, "^"), "mlp": (GREEN, "s")}
 VARIANT_COLOURS = (GREY, BLUE, RED, PURPLE, GREEN)
+POINT: dict[str, Any] = {"fmt": "o", "ms": 6, "capsize": 3, "elinewidth": 1.4}
 LINE_STYLES = ((GREY, "s", "--"), (BLUE, "o", "-"), (RED, "^", "-"), (PURPLE, "D", "-"), (GREEN, "v", "-"))
 
 UNITS = {
-    "cosine": "1 − cos (unitless)",
-    "l1": "L1 norm of update",
-    "l2": "L2 norm of update",
+    "cosine": "1 − cosine (no unit)",
+    "l1": "|update|₁ (norm)",
+    "l2": "|update|₂ (norm)",
     "leave_one_out_loss": "nats/token",
     "leave_one_out_logits": "L2 norm of logits",
 }
@@ -57,7 +67,7 @@ def influence_figure(table: InfluenceTable, metrics: Sequence[str] | None = None
             raise unknown_name("metric (of this table)", name, table.values)
     if not names:
         raise ValueError("There is no metric to draw: name at least one.")
-    figure = _new_figure(0.9 + 1.55 * len(names))
+    figure = new_figure(0.9 + 1.55 * len(names))
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(panels, names, strict=True):
         column = table.of_metric(name)
@@ -68,11 +78,14 @@ def influence_figure(table: InfluenceTable, metrics: Sequence[str] | None = None
         values = list(column.values())
         if min(values) > 0 and max(values) > LOG_SPREAD * min(values):
             axes.set_yscale("log")
-        _tidy(axes, name, ylabel=_unit(name, table.provenance))
+        tidy(axes, name, ylabel=_unit(name, table.provenance))
         axes.grid(axis="x", color="#EEEEEE", lw=0.6)
-    panels[-1].set_xlabel("block number (unpruned model)", fontsize=10)
+    blocks = [site.index for site in table.sites]
+    panels[-1].set_xlim(min(blocks) - 0.7, max(blocks) + 0.7)
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
-    _legend(figure, panels)
+    panels[-1].set_xlabel("block number (unpruned model)", fontsize=10)
+    figure.align_ylabels()
+    legend(figure, panels)
     return figure
 
 
@@ -88,15 +101,17 @@ def damage_figure(study: Mapping[str, Any] | StudyResults) -> Figure:
     plans = [plan for plan in results.plans if _largest(results, plan) is not None]
     if not plans:
         raise ValueError("The study holds no losses of pruned models yet: let it finish its evaluation.")
-    groups = [group for group in _by_scale(results, plans) if group]
-    figure = _new_figure(0.9 + 2.5 * len(results.domains))
+    groups = _by_scale(plans, {plan.name: _largest(results, plan) or 0.0 for plan in plans})
+    figure = new_figure(0.9 + 2.5 * len(results.domains))
+    widths = [len(group) + 0.5 for group in groups]
     grid = figure.subplots(
-        len(results.domains), len(groups), sharex="col", sharey="col", squeeze=False, width_ratios=_widths(groups)
+        len(results.domains), len(groups), sharex="col", sharey="col", squeeze=False, width_ratios=widths
     )
     for row, domain in zip(grid, results.domains, strict=True):
         for axes, group in zip(row, groups, strict=True):
             for place, variant in enumerate(results.variants):
-                offset, width = _offset(place, len(results.variants))
+                width = 0.8 / len(results.variants)
+                offset = (place - (len(results.variants) - 1) / 2) * width
                 bars = [
                     (position + offset, gap)
                     for position, plan in enumerate(group)
@@ -107,15 +122,15 @@ def damage_figure(study: Mapping[str, Any] | StudyResults) -> Figure:
                     heights = [gap.value for gap in gaps]
                     colour = VARIANT_COLOURS[place % len(VARIANT_COLOURS)]
                     axes.bar(positions, heights, width, color=colour, label=variant_label(variant))
-                    axes.errorbar(positions, heights, _errors(gaps), fmt="none", ecolor="black", elinewidth=1, capsize=2)
+                    axes.errorbar(positions, heights, errors(gaps), fmt="none", ecolor="black", capsize=2)
             axes.axhline(0, color="black", lw=0.8)
             axes.set_xlim(-0.6, len(group) - 0.4)
-            axes.set_xticks(range(len(group)), [plan.label.replace(" ", "\n", 1) for plan in group])
+            axes.set_xticks(range(len(group)), [plain(plan.label).replace(" ", "\n", 1) for plan in group])
             first = axes is row[0]
-            _tidy(axes, domain if first else "own scale", ylabel="loss above unpruned\n(nats/token)" if first else "")
+            tidy(axes, domain if first else "own scale", ylabel="loss above unpruned\n(nats/token)" if first else "")
     for axes in grid[-1]:
         axes.set_xlabel("sites removed", fontsize=10)
-    _legend(figure, grid.flat)
+    legend(figure, grid.flat)
     return figure
 
 
@@ -128,45 +143,38 @@ def recovery_figure(study: Mapping[str, Any] | StudyResults) -> Figure:
         ValueError: it is not a study, or it holds no replacement's loss beside that of none yet.
     """
     results = StudyResults.of(study)
-    variants = [variant for variant in results.variants if variant != NONE]
-    rows = {
-        variant: [plan for plan in results.plans if any(_gain(results, plan, variant, d) for d in results.domains)]
-        for variant in variants
-    }
-    rows = {variant: plans for variant, plans in rows.items() if plans}
+    rows = []
+    for variant in results.variants:
+        gains = {plan.name: _gains(results, plan, variant) for plan in results.plans}
+        plans = [plan for plan in results.plans if gains[plan.name]]
+        sizes = {plan.name: max(abs(gain.value) for gain in gains[plan.name].values()) for plan in plans}
+        if variant != NONE and plans:
+            rows += [(variant, group, place > 0) for place, group in enumerate(_by_scale(plans, sizes))]
     if not rows:
         raise ValueError("The study holds no loss of a replacement beside that of none yet: let it finish.")
-    heights = [len(plans) + 1.0 for plans in rows.values()]
-    figure = _new_figure(1.3 + 0.34 * sum(heights))
-    grid = figure.subplots(
-        len(rows), len(results.domains), sharex="row", sharey="row", squeeze=False, height_ratios=heights
-    )
-    for row, (variant, plans) in zip(grid, rows.items(), strict=True):
+    heights = [len(group) + 0.6 for _, group, _ in rows]
+    figure = new_figure(1.2 + 0.55 * len(rows) + 0.28 * sum(heights))
+    shape = (len(rows), len(results.domains))
+    grid = figure.subplots(*shape, sharex="row", sharey="row", squeeze=False, height_ratios=heights)
+    for row, (variant, group, own_scale) in zip(grid, rows, strict=True):
         colour = VARIANT_COLOURS[results.variants.index(variant) % len(VARIANT_COLOURS)]
         for axes, domain in zip(row, results.domains, strict=True):
-            for position, plan in enumerate(plans):
-                gain = _gain(results, plan, variant, domain)
+            for position, plan in enumerate(group):
+                gain = _gains(results, plan, variant).get(domain)
                 if gain is not None:
-                    axes.errorbar(
-                        [gain.value],
-                        [position],
-                        xerr=_errors([gain]),
-                        fmt="o",
-                        ms=6,
-                        color=colour,
-                        mfc=colour if gain.excludes_zero else "white",
-                        capsize=3,
-                        elinewidth=1.4,
-                    )
+                    fill = colour if gain.excludes_zero else "white"
+                    axes.errorbar([gain.value], [position], xerr=errors([gain]), color=colour, mfc=fill, **POINT)
             axes.axvline(0, color="black", lw=1)
-            axes.set_yticks(range(len(plans)), [plan.label for plan in plans])
-            _tidy(axes, f"{variant_label(variant)}, {domain}", ylabel="", grid="x")
-        values = [gain.value for plan in plans for d in results.domains if (gain := _gain(results, plan, variant, d))]
-        _spread_out(row[0], values)
-        row[0].set_ylim(len(plans) - 0.5, -0.5)
-        row[0].set_ylabel("sites removed", fontsize=10)
-    for axes in grid[-1]:
-        axes.set_xlabel("gain over none (nats/token)\nworse  ←  0  →  better", fontsize=10)
+            axes.set_yticks(range(len(group)), [plain(plan.label) for plan in group])
+            lead = f"{variant_label(variant)}{' (own scale)' if own_scale else ''}, " if axes is row[0] else ""
+            tidy(axes, lead + domain, ylabel="", grid="x")
+        row[0].margins(x=0.08)
+        row[0].set_ylim(len(group) - 0.4, -0.6)
+    figure.supxlabel("gain over none (nats/token), right of 0 is better", fontsize=10)
+    figure.supylabel("sites removed", fontsize=10)
+    marks = [Line2D([], [], color="black", marker="o", ms=6, lw=1.4, mfc=fill) for fill in ("black", "white")]
+    labels = ("interval excludes 0", "within noise")
+    figure.legend(marks, labels, loc="outside upper center", ncols=2, fontsize=9.5, frameon=False)
     return figure
 
 
@@ -182,7 +190,7 @@ def training_figure(study: Mapping[str, Any] | StudyResults) -> Figure:
         raise ValueError("The study holds no training yet: let it finish, or train a replacement in it.")
     columns = min(3, len(plans))
     rows = math.ceil(len(plans) / columns)
-    figure = _new_figure(1.0 + 2.6 * rows)
+    figure = new_figure(1.0 + 2.6 * rows)
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes in grid.flat[len(plans) :]:
         axes.set_axis_off()
@@ -196,17 +204,30 @@ def training_figure(study: Mapping[str, Any] | StudyResults) -> Figure:
         axes.axhline(0, color="black", lw=0.8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.set_xlabel("optimizer step", fontsize=10)
-        _tidy(axes, plan.label, ylabel="" if place % columns else "loss minus start (nats/token)")
-    _legend(figure, grid.flat)
+        tidy(axes, plan.label, ylabel="" if place % columns else "loss minus start (nats/token)")
+    legend(figure, grid.flat)
     return figure
 
 
-FIGURES: dict[str, Callable[[StudyResults], Figure]] = {
-    "damage": damage_figure,
-    "recovery": recovery_figure,
-    "training": training_figure,
-}
-"""Every figure that is drawn from a study's results, beside that of its influence table."""
+def drawable(study: Mapping[str, Any] | StudyResults) -> dict[str, Callable[[], Figure]]:
+    """The figures that a study has the results for, by name; each is drawn when it is called.
+
+    Raises:
+        ValueError: it is not a study.
+    """
+    results = StudyResults.of(study)
+    table = results.influence
+    replaced = [variant for variant in results.variants if variant != NONE]
+    ready: dict[str, Callable[[], Figure]] = {}
+    if any(_largest(results, plan) is not None for plan in results.plans):
+        ready["damage"] = lambda: damage_figure(results)
+    if any(_gains(results, plan, variant) for plan in results.plans for variant in replaced):
+        ready["recovery"] = lambda: recovery_figure(results)
+    if any(run.get("curve") for run in results.training.values()):
+        ready["training"] = lambda: training_figure(results)
+    if table is not None:
+        ready["influence"] = lambda: influence_figure(table)
+    return ready
 
 
 def write_figure(figure: Figure, path: Path | str) -> None:
@@ -223,39 +244,15 @@ def curve_label(results: StudyResults, texts: str) -> str:
     """What a column of a training curve is called, such as ``"xsum (in-domain, held out)"``."""
     if texts == "train":
         return "training documents"
-    return f"{texts} ({'in-domain' if texts in results.domains[:1] else 'distant'}, held out)"
-
-
-def _new_figure(height: float) -> Figure:
-    """An empty figure (inches) with a canvas that needs no display."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _tidy(axes: Axes, title: str, ylabel: str, grid: str = "y") -> None:
-    """The same title, labels, light grid and open frame everywhere. Names are never read as mathematics."""
-    axes.set_title(title, fontsize=10, loc="left", fontweight="bold", parse_math=False)
-    axes.set_ylabel(ylabel, fontsize=10)
-    axes.tick_params(labelsize=9)
-    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
-        label.set_parse_math(False)
-    axes.grid(axis=grid, color="#DDDDDD", lw=0.6)  # type: ignore[arg-type]
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _legend(figure: Figure, panels: Any) -> None:
-    """One legend above all panels, each label once."""
-    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=5, fontsize=9.5, frameon=False)
+    return f"{texts} ({results.role(texts)}, held out)"
 
 
 def _unit(metric: str, provenance: Mapping[str, Any]) -> str:
     """The label of an influence axis."""
     if metric in ("relative_l1", "relative_l2"):
-        by = {"output": "|y|", "input": "|x|"}.get(str(provenance.get("denominator", "output")), "|y|")
-        return f"|u| / {by} (unitless)"
+        norm = {"relative_l1": "₁", "relative_l2": "₂"}[metric]
+        by = {"output": "after", "input": "before"}.get(provenance.get("denominator", ""), "stream")
+        return f"|update|{norm} / |{by}|{norm}"
     return UNITS.get(metric, "nats/token" if metric.endswith("_loss") else "influence")
 
 
@@ -265,43 +262,22 @@ def _largest(results: StudyResults, plan: StudyPlan) -> float | None:
     return max((abs(gap.value) for gap in gaps if gap is not None), default=None)
 
 
-def _by_scale(results: StudyResults, plans: Sequence[StudyPlan]) -> tuple[list[StudyPlan], list[StudyPlan]]:
-    """The plans that share a scale, and those that are several times worse than all of these."""
-    sizes = {plan.name: _largest(results, plan) or 0.0 for plan in plans}
+def _by_scale(plans: Sequence[StudyPlan], sizes: Mapping[str, float]) -> list[list[StudyPlan]]:
+    """The plans that share a scale and, where some are several times larger than all of these, those.
+
+    Args:
+        plans: the plans.
+        sizes: by plan name, how far it reaches on the axis.
+    """
     ordered = sorted(plans, key=lambda plan: sizes[plan.name])
     for cut in range(len(ordered) // 2 + 1, len(ordered)):
         if sizes[ordered[cut].name] > OWN_SCALE * sizes[ordered[cut - 1].name]:
-            worse = {plan.name for plan in ordered[cut:]}
-            return [p for p in plans if p.name not in worse], [p for p in plans if p.name in worse]
-    return list(plans), []
+            larger = {plan.name for plan in ordered[cut:]}
+            return [[p for p in plans if p.name not in larger], [p for p in plans if p.name in larger]]
+    return [list(plans)]
 
 
-def _widths(groups: Sequence[Sequence[StudyPlan]]) -> list[float]:
-    return [len(group) + 0.5 for group in groups]
-
-
-def _offset(place: int, count: int) -> tuple[float, float]:
-    """Where a bar stands beside its group's centre, and how wide it is."""
-    width = 0.8 / count
-    return (place - (count - 1) / 2) * width, width
-
-
-def _errors(gaps: Sequence[Interval]) -> list[list[float]]:
-    """Lengths of error bars below and above; an interval that is not known has none."""
-    below = [0.0 if math.isnan(gap.low) else max(gap.value - gap.low, 0.0) for gap in gaps]
-    above = [0.0 if math.isnan(gap.high) else max(gap.high - gap.value, 0.0) for gap in gaps]
-    return [below, above]
-
-
-def _gain(results: StudyResults, plan: StudyPlan, variant: str, domain: str) -> Interval | None:
-    """What a variant gains over none: positive is better."""
-    gap = results.between(plan, variant, NONE, domain)
-    return None if gap is None else Interval(-gap.value, -gap.high, -gap.low)
-
-
-def _spread_out(axes: Axes, values: Sequence[float]) -> None:
-    """A symmetric log axis where one gain would squeeze all others against zero."""
-    sizes = sorted(abs(value) for value in values)
-    if len(sizes) > 2 and sizes[-1] > 10 * sizes[len(sizes) // 2]:
-        axes.set_xscale("symlog", linthresh=0.1)
-        axes.xaxis.set_major_formatter(LogFormatter())
+def _gains(results: StudyResults, plan: StudyPlan, variant: str) -> dict[str, Interval]:
+    """What a variant gains over none, by domain: positive is better."""
+    gaps = {domain: results.between(plan, variant, NONE, domain) for domain in results.domains}
+    return {domain: Interval(-gap.value, -gap.high, -gap.low) for domain, gap in gaps.items() if gap is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -56,8 +57,26 @@ def _chunk_losses(model: PreTrainedModel, rows: Tensor, targets: Tensor) -> Tens
     return functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients for the length of a block; then each module's own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """The device where the model takes its input."""
+    return next(model.get_input_embeddings().parameters()).device
+
+
 def on_device(batches: Iterable[Batch], model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     """The batches on the device where the model takes its input."""
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     for batch in batches:
         yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -17,7 +17,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from depthprune.families import Anatomy
-from depthprune.head import Batch, hidden_states, on_device
+from depthprune.head import Batch, evaluating, hidden_states, input_device, on_device
 from depthprune.sites import Site
 
 
@@ -167,7 +167,6 @@ class MeanUpdates(SiteMetric):
         return {site: means[row] for row, site in enumerate(self.sites)}
 
 
-@torch.no_grad()
 def run_observed(
     model: PreTrainedModel,
     batches: Iterable[Batch],
@@ -183,25 +182,19 @@ def run_observed(
         ValueError: there is no token to count.
     """
     tokens = 0
-    was_training = model.training
-    model.eval()
-    device = model.get_input_embeddings().weight.device
     for metric in metrics:
-        metric.to(device)
+        metric.to(input_device(model))
 
     def report(observation: Observation) -> None:
         for metric in metrics:
             metric.update(observation)
 
-    try:
-        with observed(model, sites, report) as next_mask:
-            for batch in on_device(batches, model):
-                mask = batch.get("attention_mask")
-                next_mask(mask)
-                hidden_states(model, batch)
-                tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
-    finally:
-        model.train(was_training)
+    with evaluating(model), observed(model, sites, report) as next_mask:
+        for batch in on_device(batches, model):
+            mask = batch.get("attention_mask")
+            next_mask(mask)
+            hidden_states(model, batch)
+            tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
     if tokens == 0:
         raise ValueError("There is no token to score or calibrate on: the batches are empty or all padding.")
     return tokens

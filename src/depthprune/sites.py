@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class Removal:
             raise ValueError("A removal without sites: name at least one, such as block.12.")
         if len(self.sites) > 1:
             indices = [site.index for site in self.sites]
-            adjacent = all(later == earlier + 1 for earlier, later in zip(indices, indices[1:], strict=False))
+            adjacent = all(later == earlier + 1 for earlier, later in pairwise(indices))
             if any(site.kind != "block" for site in self.sites) or not adjacent:
                 raise ValueError(
                     f"{', '.join(map(str, self.sites))} cannot share one replacement: "
@@ -248,8 +249,6 @@ def _merge_halves(removals: Iterable[Removal]) -> tuple[Removal, ...]:
     merged = [
         removal
         for removal in removals
-        if not (
-            removal.replacement == "none" and removal.sites[0].kind != "block" and removal.sites[0].index in whole
-        )
+        if not (removal.replacement == "none" and removal.sites[0].kind != "block" and removal.sites[0].index in whole)
     ]
     return tuple(merged + [Removal((Site(index, "block"),)) for index in sorted(whole)])

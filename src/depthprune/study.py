@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -26,7 +27,7 @@ from depthprune.commands.influence import write_influence
 from depthprune.data.batches import Batches
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
-from depthprune.evaluation.domains import DomainLoss, document_loss
+from depthprune.evaluation.domains import document_loss
 from depthprune.families import Anatomy, architecture_of
 from depthprune.files import make_folder, read_json, whole_file, write_json
 from depthprune.influence.static import estimate_influence
@@ -37,7 +38,7 @@ from depthprune.names import unknown_name
 from depthprune.progress import tracked
 from depthprune.recovery.closed_form import calibrate
 from depthprune.recovery.rung import Training, train_rung
-from depthprune.report import console_table, write_report
+from depthprune.report.render import console_table, write_report
 from depthprune.sites import KINDS, PruningPlan, Site
 from depthprune.surgery import install_slots, remove_slots, switched
 
@@ -129,7 +130,7 @@ def study(
         flush=True,
     )
     causal_lm, _ = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
-    causal_lm.to(Fabric(accelerator=accelerator, devices=1).device)
+    torch.nn.Module.to(causal_lm, Fabric(accelerator=accelerator, devices=1).device)
     data = TextDataModule(
         tokenizer=model,
         revision=revision,
@@ -157,7 +158,7 @@ def study(
     _evaluate(results, causal_lm, chosen, means, loaders)
     for plan in plans:
         if plan.train:
-            _train(results, causal_lm, plan.name, chosen[plan.name], means, data, loaders, training, folder, seed)
+            _train(results, causal_lm, plan.name, means, data, loaders, training, folder, seed)
     results.content["finished"] = True
     results.save()
     return _finish(results, folder, model)
@@ -249,9 +250,7 @@ def _score(
     config = results.content["config"]
     about = {"model": config["model"], "text": config["text"]["path"], "role": "score", "seed": config["seed"]}
     with results.timed("score"):
-        table = estimate_influence(
-            causal_lm, tracked(data.score_dataloader(), "Scoring all sites"), provenance=about
-        )
+        table = estimate_influence(causal_lm, tracked(data.score_dataloader(), "Scoring all sites"), provenance=about)
     table.of_metric(metric)  # an unknown metric is refused before anything else runs
     results.content["influence"] = table.to_dict()
     results.save()
@@ -259,9 +258,7 @@ def _score(
     return table
 
 
-def _means(
-    results: _Results, causal_lm: PreTrainedModel, data: TextDataModule, folder: Path
-) -> Mapping[Site, Tensor]:
+def _means(results: _Results, causal_lm: PreTrainedModel, data: TextDataModule, folder: Path) -> Mapping[Site, Tensor]:
     path = folder / "mean_updates.safetensors"
     if path.exists():
         return {Site.parse(name): mean for name, mean in load_file(path).items()}
@@ -308,7 +305,6 @@ def _train(
     results: _Results,
     causal_lm: PreTrainedModel,
     name: str,
-    plan: PruningPlan,
     means: Mapping[Site, Tensor],
     data: TextDataModule,
     loaders: Mapping[str, Batches],
@@ -320,9 +316,10 @@ def _train(
     if results.get("losses", variant) is not None:
         return
     print(f"Training {training.replacement} for {name}: {training.steps} steps.", flush=True)
-    with results.timed("train"), train_rung(causal_lm, name, plan, means, data, training, folder, seed) as rung:
-        with results.timed("evaluate"):
-            losses = _losses(causal_lm, loaders)
+    with train_rung(causal_lm, name, means, data, training, folder, seed) as rung, results.timed("evaluate"):
+        losses = _losses(causal_lm, loaders)
+    seconds = results.content.setdefault("seconds", {})
+    seconds["train"] = round(seconds.get("train", 0.0) + rung.pop("seconds"), 1)
     results.content.setdefault("training", {})[name] = rung
     results.put("losses", variant, losses)
 
@@ -330,11 +327,10 @@ def _train(
 def _finish(results: _Results, folder: Path, model: str) -> None:
     report = write_report(results.content, folder)
     Console().print(console_table(results.content))
-    trained = [name for name in results.content.get("training", {})]
     print(f"Report: {report}")
     print("Next:")
     print(f"  tensorboard --logdir {folder}/tensorboard")
-    for name in trained[:1]:
+    for name in list(results.content.get("training", {}))[:1]:
         print(
             f"  depthprune prune --model {model} --checkpoint {folder}/training/{name}/last.ckpt "
             f"--output checkpoints/{name}"

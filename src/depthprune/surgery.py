@@ -169,7 +169,7 @@ def _make_slot(anatomy: Anatomy, site: Site, replacement: Replacement | None) ->
         remove_hook_from_module(module)
         device = torch.device(getattr(hook, "execution_device", None) or device)
     base = type(module)
-    module.__class__ = _slot_class(base, site.kind, anatomy.family.cache_argument)
+    module.__class__ = _slot_class(base, site.kind, anatomy.family.cache_argument)  # type: ignore[arg-type]
     assert isinstance(module, Slot)
     module.slot_position = "replacement"
     module.cache_index = anatomy.kept_blocks.index(site.index)
@@ -223,7 +223,7 @@ def switched(model: nn.Module, position: str) -> Iterator[None]:
 def site_slots(model: PreTrainedModel, plan: PruningPlan) -> dict[Site, Slot]:
     """The slot of each removal's first site, where its replacement stands."""
     anatomy = Anatomy.of(model)
-    found = {}
+    found: dict[Site, Slot] = {}
     for removal in plan.removals:
         slot = anatomy.slot_module(removal.sites[0])
         assert isinstance(slot, Slot), f"{removal.sites[0]} is not a slot"
@@ -318,7 +318,7 @@ def _compact(before: Anatomy) -> None:
     for position, block in enumerate(modules):
         for module in block.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = position
+                module.layer_idx = position  # type: ignore[assignment]
             if isinstance(module, Slot):
                 module.cache_index = position
     config = model.config

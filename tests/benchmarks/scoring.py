@@ -48,7 +48,8 @@ def main() -> None:
     def scored() -> None:
         dp.estimate_influence(model, few)
 
-    plain(), scored()
+    plain()
+    scored()
     pairs = [(seconds(plain), seconds(scored)) for _ in range(arguments.repeats)]
     ratios = sorted(after / before for before, after in pairs)
     print(f"plain trunk: {statistics.median(before for before, _ in pairs):.2f} s, median of {len(pairs)}")

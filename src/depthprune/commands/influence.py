@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -73,7 +74,7 @@ def influence(
         model, dtype=dtype, revision=revision, device_map=device_map, attn_implementation=attn_implementation
     )
     if device_map is None:
-        causal_lm.to(fabric.device)
+        torch.nn.Module.to(causal_lm, fabric.device)
     data = TextDataModule(
         tokenizer=model,
         revision=revision,

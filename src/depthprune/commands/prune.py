@@ -132,9 +132,7 @@ def _sources(
 
 
 def _fit_command(model: str, output: str) -> str:
-    return (
-        f"depthprune fit --config configs/fit/quickstart.yaml --model.base {model} --model.plan {output}/{PLAN_FILE}"
-    )
+    return f"depthprune fit --config configs/fit/quickstart.yaml --model.base {model} --model.plan {output}/{PLAN_FILE}"
 
 
 def _read_checkpoint(path: str) -> dict[str, Any]:

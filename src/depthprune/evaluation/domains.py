@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from depthprune.head import Batch, on_device, predicted_mask, token_losses
+from depthprune.head import Batch, evaluating, input_device, on_device, predicted_mask, token_losses
 
 RESAMPLES = 2000
 
@@ -163,13 +163,8 @@ def document_loss(model: PreTrainedModel, batches: Iterable[Batch], documents: i
         batches: see :meth:`DocumentLoss.update`.
         documents: how many documents they come from.
     """
-    metric = DocumentLoss(documents).to(model.get_input_embeddings().weight.device)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in on_device(batches, model):
-                metric.update(token_losses(model, batch), batch)
-    finally:
-        model.train(was_training)
+    metric = DocumentLoss(documents).to(input_device(model))
+    with evaluating(model):
+        for batch in on_device(batches, model):
+            metric.update(token_losses(model, batch), batch)
     return metric.domain_loss()

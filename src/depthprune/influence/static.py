@@ -159,5 +159,10 @@ def estimate_influence(
     run_observed(model, batches, sites, [influence, means])
     values, updates = influence.compute(), means.compute()
     tokens = int(means.tokens.max()) if sites else 0
-    about = {**(provenance or {}), "tokens": tokens, "denominator": denominator, "massive_tokens_left_out": leave_out_massive}
+    about = {
+        **(provenance or {}),
+        "tokens": tokens,
+        "denominator": denominator,
+        "massive_tokens_left_out": leave_out_massive,
+    }
     return InfluenceTable(values, unpruned_fingerprint(model), about, updates)

@@ -78,4 +78,3 @@ def _source_sites(anatomy: Anatomy, plan: PruningPlan, removal: Removal) -> tupl
     if not later:
         raise ValueError(f"{last} has no deeper {last.kind} that stays, so source={source!r} is empty: use 'own'.")
     return later[:1] if source == "next_kept" else later
-

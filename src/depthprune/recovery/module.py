@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,14 @@ from depthprune.surgery import (
 )
 
 SETTINGS = ("base", "revision", "replacement", "options", "objective")
+
+
+EXPECTED_WARNINGS = (
+    r"Found \d+ module\(s\) in eval mode",  # the frozen base
+    r"Your `IterableDataset` has `__len__` defined",  # the stream's length is exact
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning on a newer torch
+    r"The '.*_dataloader' does not have many workers",  # one worker is as fast as the tokenizer needs
+)
 
 
 class RecoveryModule(LightningModule):
@@ -90,6 +99,11 @@ class RecoveryModule(LightningModule):
         module = cls(base=model.config._name_or_path, plan=plan, **settings)
         module.model = model
         return module
+
+    def setup(self, stage: str) -> None:
+        """Silence warnings about what is so on purpose."""
+        for message in EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
 
     def configure_model(self) -> None:
         """Load the base model, freeze it and install the slots, before any strategy wraps or shards it."""
@@ -156,7 +170,7 @@ class RecoveryModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation's sums."""
-        self._start_domains(self.trainer.val_dataloaders)
+        self._start_domains(self.trainer.val_dataloaders or {})
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to its domain's loss."""
@@ -164,7 +178,7 @@ class RecoveryModule(LightningModule):
 
     def on_test_epoch_start(self) -> None:
         """Forget the last test's sums."""
-        self._start_domains(self.trainer.test_dataloaders)
+        self._start_domains(self.trainer.test_dataloaders or {})
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to its domain's loss."""
@@ -195,8 +209,9 @@ class RecoveryModule(LightningModule):
             }
 
     def _start_domains(self, loaders: Mapping[str, Batches]) -> None:
-        device = self.causal_lm.get_input_embeddings().weight.device
-        self.domain_metrics = {name: DocumentLoss(loader.document_count).to(device) for name, loader in loaders.items()}
+        self.domain_metrics = {
+            name: DocumentLoss(loader.document_count).to(self.device) for name, loader in loaders.items()
+        }
 
     def _add_to_domain(self, batch: Batch, dataloader_idx: int) -> None:
         metric = list(self.domain_metrics.values())[dataloader_idx]
@@ -217,9 +232,8 @@ class RecoveryModule(LightningModule):
             "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
         }
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Every parameter and buffer of the replacements, and nothing of the base."""
-        assert not args and not kwargs, "the replacements' state has one form"
         return {f"model.{key}": value for key, value in replacement_state(self.causal_lm).items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -253,7 +267,8 @@ class RecoveryModule(LightningModule):
         saved_plan = PruningPlan.from_dict(saved["plan"], "the checkpoint's plan")
         if [removal.to_dict() for removal in saved_plan.removals] != [r.to_dict() for r in self.plan.removals]:
             raise ValueError(
-                "The checkpoint was made with another plan or replacement: drop the flags that change it, or start anew."
+                "The checkpoint was made with another plan or replacement: drop the flags that change it, "
+                "or start anew without --ckpt_path."
             )
         settings = self._settings()
         for name, value in settings.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from depthprune.callbacks.recorder import LossRecorder
 from depthprune.data.module import TextDataModule
 from depthprune.recovery.closed_form import calibrate
 from depthprune.recovery.module import RecoveryModule
-from depthprune.sites import PruningPlan, Site
+from depthprune.sites import Site
 from depthprune.surgery import remove_slots, replacement_parameters
 
 
@@ -54,7 +55,6 @@ class Training:
 def train_rung(
     causal_lm: PreTrainedModel,
     name: str,
-    plan: PruningPlan,
     means: Mapping[Site, Tensor],
     data: TextDataModule,
     training: Training,
@@ -68,16 +68,16 @@ def train_rung(
     Args:
         causal_lm: the model, without slots.
         name: the rung's name, for its folder and its TensorBoard run.
-        plan: the sites; their replacement comes from ``training``.
         means: the mean updates of the plan's sites.
         data: the text.
         training: how to train.
-        folder: checkpoints go to ``folder/training/name``, event files to ``folder/tensorboard``.
+        folder: holds ``plans/name.json``; checkpoints go to ``training/name``, event files to ``tensorboard``.
         seed: seed of the adapters' first weights and of dropout.
 
     Yields:
         What a study puts down about the rung.
     """
+    start = time.monotonic()
     seed_everything(seed, verbose=False)
     run_folder = folder / "training" / name
     plan_path = folder / "plans" / f"{name}.json"
@@ -114,11 +114,12 @@ def train_rung(
                 recorder,
                 OverfittingMonitor(),
                 ForgettingMonitor(),
-                ModelCheckpoint(run_folder, every_n_train_steps=training.steps // 4, save_top_k=0, save_last=True),
+                ModelCheckpoint(run_folder, save_top_k=0, save_last=True, save_on_train_epoch_end=False),
             ],
         )
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None)
-        yield _describe(module, recorder, training, data)
+        rung = _describe(module, recorder, training, data)
+        yield {**rung, "seconds": time.monotonic() - start}
     finally:
         remove_slots(causal_lm)
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from depthprune.results import StudyResults, number_ranges
-from tests.synthetic_study import REALISTIC, synthetic_study
+from depthprune.report.results import StudyResults, number_ranges
+from tests.report.synthetic_study import REALISTIC, synthetic_study
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from depthprune.evaluation.domains import Interval
-from depthprune.results import EMULATED, NONE, PLURALS, SINGULARS, StudyPlan, StudyResults, variant_label
+from depthprune.report.results import (
+    EMULATED,
+    NONE,
+    PLURALS,
+    SINGULARS,
+    StudyPlan,
+    StudyResults,
+    capital,
+    variant_label,
+)
 
 Verdict = Literal["reproduced", "reproduced in part", "within noise", "not reproduced", "not measured"]
 
@@ -102,7 +111,7 @@ def _costs_far_less(results: StudyResults, cheap_kind: str, dear_kind: str) -> F
                 f"difference {interval_text(gap)} nats/token: {remark}.",
             )
         )
-    return _finding(f"{_capital(cheap.label)} cost far less than {dear.label}.", judged)
+    return _finding(f"{capital(cheap.label)} cost far less than {dear.label}.", judged)
 
 
 def _emulated_beats_none(results: StudyResults) -> list[Finding]:
@@ -238,7 +247,3 @@ def _join(words: Iterable[str]) -> str:
     """``"a, b and c"``."""
     listed = list(words)
     return " and ".join([", ".join(listed[:-1]), listed[-1]] if len(listed) > 1 else listed)
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from depthprune.findings import FAR_LESS, Finding, findings
-from depthprune.results import StudyResults
-from tests.synthetic_study import DOMAINS, REALISTIC, synthetic_study
+from depthprune.report.findings import FAR_LESS, Finding, findings
+from depthprune.report.results import StudyResults
+from tests.report.synthetic_study import DOMAINS, REALISTIC, synthetic_study
 
 
 def plans(**changes: Any) -> dict[str, Any]:

@@ -123,9 +123,10 @@ class StudyResults:
         return (*first, *(variant for variant in found if variant not in first))
 
     @property
-    def trained_variants(self) -> tuple[str, ...]:
-        """The variants that were trained."""
-        return tuple(variant for variant in self.variants if variant not in (NONE, EMULATED))
+    def steps(self) -> tuple[tuple[str, str], ...]:
+        """Which variants are compared: the emulated update with none, trained ones with the emulated update."""
+        base = EMULATED if EMULATED in self.variants else NONE
+        return tuple((variant, NONE if variant == EMULATED else base) for variant in self.variants if variant != NONE)
 
     def loss(self, variant: str, domain: str) -> DomainLoss | None:
         """The loss of ``"unpruned"`` or ``"plan/variant"`` on a domain, if it was measured."""
@@ -183,6 +184,10 @@ class StudyResults:
         ends = (math.nan if quarter[end] is None else quarter[end] for end in ("low", "high"))
         return Interval(quarter["value"], *ends)
 
+    def role(self, domain: str) -> str:
+        """Whether a domain's text was trained on: ``"in-domain"`` or ``"distant"``."""
+        return "in-domain" if domain in self.domains[:1] else "distant"
+
     def quick_domains(self) -> list[str]:
         """The domains with too little test text for headline figures, each with what it has."""
         quick = []
@@ -194,29 +199,27 @@ class StudyResults:
 
     def missing(self) -> list[str]:
         """What an unfinished study still lacks, in words; empty when nothing does."""
-        lacking = [
-            words
-            for section, words in (
-                ("model", "the model"),
-                ("texts", "the texts"),
-                ("influence", "the influence of the sites"),
-                ("plans", "the plans"),
-                ("losses", "the losses"),
-                ("training", "the training"),
-            )
-            if section not in self.study
-        ]
-        if "losses" not in lacking and self.losses:
-            wanted = [UNPRUNED]
-            for plan in self.plans:
-                wanted += [f"{plan.name}/{NONE}", f"{plan.name}/{EMULATED}"]
-                trained = self.trained_on(plan)
-                if trained:
-                    wanted.append(f"{plan.name}/{trained}")
-            for variant in wanted:
-                domains = [domain for domain in self.domains if self.loss(variant, domain) is None]
-                if domains:
-                    lacking.append(f"the loss of {variant} on {' and '.join(domains)}")
+        words = {
+            "model": "the model",
+            "texts": "the texts",
+            "influence": "the influence of the sites",
+            "plans": "the plans",
+            "losses": "the losses",
+        }
+        lacking = [name for section, name in words.items() if section not in self.study]
+        wanted = [UNPRUNED]
+        for plan in self.plans:
+            variants = (NONE, EMULATED, self.trained_on(plan))
+            wanted += [f"{plan.name}/{variant}" for variant in variants if variant]
+        for variant in wanted if self.losses else []:
+            domains = [domain for domain in self.domains if self.loss(variant, domain) is None]
+            if domains:
+                lacking.append(f"the loss of {variant} on {' and '.join(domains)}")
+        for entry in self.study.get("config", {}).get("plans", []):
+            if entry.get("train"):
+                size = (entry["kind"], entry["remove"])
+                if not any((p.kind, p.remove) == size and p.name in self.training for p in self.plans):
+                    lacking.append(f"the training at {count_label(entry['remove'], entry['kind'])}")
         return lacking
 
 
@@ -234,6 +237,11 @@ def number_ranges(numbers: list[int]) -> str:
 def count_label(remove: int, kind: str) -> str:
     """``"1 block"``, ``"10 MLPs"``."""
     return f"{remove} {SINGULARS.get(kind, kind) if remove == 1 else PLURALS.get(kind, kind)}"
+
+
+def capital(text: str) -> str:
+    """Text with its first letter, and only that, in upper case."""
+    return text[:1].upper() + text[1:]
 
 
 def variant_label(variant: str) -> str:

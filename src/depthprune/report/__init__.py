@@ -1,0 +1,1 @@
+"""The report of a study, rendered from its results alone."""

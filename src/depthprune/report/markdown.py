@@ -1,0 +1,33 @@
+"""The few pieces of Markdown that reports are made of, safe for names that hold its special characters."""
+
+import re
+from collections.abc import Sequence
+
+
+def escaped(text: object) -> str:
+    """Text on one line that Markdown shows as it is, also in a table cell.
+
+    Square brackets stay as they are where they cannot make a link, so that intervals stay readable in the file.
+    """
+    line = " ".join(str(text).split())
+    return re.sub(r"([\\`*<>|~$&]|(?<!\w)_|_(?!\w)|(?<=\])\()", r"\\\1", line)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """A table; cells are Markdown already.
+
+    Args:
+        header: the columns' names.
+        rows: as many cells each as there are columns.
+        words: how many columns, from the first, hold words and are aligned left; the others hold numbers.
+    """
+    assert all(len(row) == len(header) for row in rows), "every row needs a cell for each column"
+    rule = ["---"] * words + ["---:"] * (len(header) - words)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+
+
+def code_block(text: str) -> str:
+    """Text in a fence that is longer than any run of backticks in it."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{text}\n{fence}"
