@@ -98,7 +98,10 @@ def whole_folder(folder: Path | str) -> Iterator[Path]:
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"The folder {folder} is not empty: remove it, or name another one.")
     parent = make_folder(folder.parent)
-    partial = Path(tempfile.mkdtemp(dir=parent, prefix=f".{folder.name}."))
+    try:
+        partial = Path(tempfile.mkdtemp(dir=parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
     try:
         yield partial
         partial.chmod(0o755)

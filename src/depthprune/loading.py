@@ -9,6 +9,7 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -76,7 +77,7 @@ def load(
                 attn_implementation=attn_implementation,
                 trust_remote_code=False,
             )
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise ValueError(f"Cannot load the model {name}: {_first_line(error)}") from error
     return model.eval(), load_tokenizer(name, revision=revision)
 
@@ -195,18 +196,14 @@ def _load_pruned(
             f"{folder} was written in format {content.get('depthprune_version')}, and this depthprune reads "
             f"{FOLDER_VERSION}: open it with the version that wrote it."
         )
-    base_config = dict(content["base_config"])
-    config = AutoConfig.for_model(base_config.pop("model_type"), **base_config)
-    saved_dtype = parse_dtype(base_config["dtype"])
-    model_dtype = saved_dtype if dtype == "auto" else dtype
-    assert isinstance(model_dtype, torch.dtype)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=model_dtype, attn_implementation=attn_implementation)
-        restore_structure(model, content["record"])
-    state = _read_weights(folder)
-    tied = set(model.all_tied_weights_keys)
-    cast = {key: tensor if ".replacement." in key else tensor.to(model_dtype) for key, tensor in state.items()}
-    missing, unexpected = model.load_state_dict(cast, strict=False, assign=True)
+    try:
+        model = _pruned_structure(content, dtype, attn_implementation)
+        state = _read_weights(folder)
+        tied = set(model.all_tied_weights_keys)
+        cast = {key: tensor if ".replacement." in key else tensor.to(model.dtype) for key, tensor in state.items()}
+        missing, unexpected = model.load_state_dict(cast, strict=False, assign=True)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{folder} is damaged ({_first_line(error)}): save the model anew.") from error
     if set(missing) - tied or unexpected:
         raise ValueError(
             f"{folder} is damaged: its weights lack {sorted(set(missing) - tied)} and have {sorted(unexpected)} too "
@@ -217,11 +214,28 @@ def _load_pruned(
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if isinstance(device_map, str) and device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return model.to(device_map)
+        try:
+            return model.to(device_map)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise ValueError(f"Cannot put the model on {device_map}: {_first_line(error)}") from error
     if device_map is not None:
         if isinstance(device_map, str):
             device_map = infer_auto_device_map(model, no_split_module_classes=list(model._no_split_modules or []))
         return dispatch_model(model, device_map)
+    return model
+
+
+def _pruned_structure(
+    content: dict[str, Any], dtype: torch.dtype | str, attn_implementation: str | None
+) -> PreTrainedModel:
+    """The model that a pruned folder's config describes, its weights still on the meta device."""
+    base_config = dict(content["base_config"])
+    config = AutoConfig.for_model(base_config.pop("model_type"), **base_config)
+    model_dtype = parse_dtype(base_config["dtype"]) if dtype == "auto" else dtype
+    assert isinstance(model_dtype, torch.dtype)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=model_dtype, attn_implementation=attn_implementation)
+        restore_structure(model, content["record"])
     return model
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,9 @@ REPLACEMENTS: dict[str, type[Replacement]] = {
 """Every replacement by name; beside them ``"none"`` leaves nothing in the site's place."""
 
 
+_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {int: ((int,), "a whole number"), str: ((str,), "a name")}
+
+
 def build_replacement(name: str, hidden_size: int, options: Mapping[str, Any]) -> Replacement | None:
     """Make a replacement, not yet calibrated (its mean is zero); None for ``"none"``.
 
@@ -120,7 +123,11 @@ def build_replacement(name: str, hidden_size: int, options: Mapping[str, Any]) -
     if name not in REPLACEMENTS:
         raise unknown_name("replacement", name, ["none", *REPLACEMENTS])
     known = [option for option in inspect.signature(REPLACEMENTS[name]).parameters if option != "hidden_size"]
-    for option in options:
+    types = get_type_hints(REPLACEMENTS[name].__init__)
+    for option, value in options.items():
         if option not in known:
             raise unknown_name(f"option of the replacement {name}", option, known)
+        allowed, what = _TYPES.get(types[option], ((int, float), "a number"))
+        if not isinstance(value, allowed) and not (value is None and types[option] == float | None):
+            raise ValueError(f"The option {option} of the replacement {name} is {value!r}: give {what}.")
     return REPLACEMENTS[name](hidden_size, **options)

@@ -180,11 +180,8 @@ class PruningPlan:
 
     def followed_by(self, later: PruningPlan) -> PruningPlan:
         """This plan and a later one together, for a model that is pruned a second time."""
-        return replace(
-            self,
-            removals=self.removals + later.removals,
-            provenance={**self.provenance, **({"then": dict(later.provenance)} if later.provenance else {})},
-        )
+        provenance = _chained(self.provenance, later.provenance) if later.provenance else self.provenance
+        return replace(self, removals=self.removals + later.removals, provenance=provenance)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready data."""
@@ -224,7 +221,7 @@ class PruningPlan:
                 data["fingerprint"]["architecture"], data["fingerprint"]["weights"]
             )
             return cls(removals, fingerprint, dict(data["provenance"]))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{origin} is a damaged pruning plan ({error!r}): make it anew.") from error
 
     def save(self, path: Path | str) -> None:
@@ -239,6 +236,11 @@ class PruningPlan:
             ValueError: no such file, or not a plan.
         """
         return cls.from_dict(read_json(path, "a pruning plan"), str(path))
+
+
+def _chained(first: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Where two plans came from, one after the other."""
+    return {**first, "then": _chained(first["then"], later) if "then" in first else dict(later)}
 
 
 def _merge_halves(removals: Iterable[Removal]) -> tuple[Removal, ...]:

@@ -134,9 +134,11 @@ def check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     anatomy = Anatomy.of(model)
     for site in plan.sites:
         anatomy.module(site)
-    gone = {site.index for site in plan.sites if site.kind == "block"}
+    record = pruning_record(model)
+    whole = PruningPlan.from_dict(record["plan"]).followed_by(plan) if record else plan
+    gone = {site.index for site in whole.sites if site.kind == "block"}
     if gone >= set(anatomy.kept_blocks):
-        raise ValueError(f"The plan removes all {len(gone)} blocks of the model: keep at least one.")
+        raise ValueError(f"With this plan all {anatomy.block_count} blocks of the model are gone: keep at least one.")
     for removal in plan.removals:
         with torch.device("meta"):
             build_replacement(removal.replacement, anatomy.hidden_size, removal.options)
@@ -167,6 +169,7 @@ def _make_slot(anatomy: Anatomy, site: Site, replacement: Replacement | None) ->
     hook = getattr(module, "_hf_hook", None)
     if hook is not None:  # accelerate's hook hides the class's forward: put it back over the slot's
         remove_hook_from_module(module)
+        module.__dict__.pop("forward", None)  # the hook left the old class's forward on the instance
         device = torch.device(getattr(hook, "execution_device", None) or device)
     base = type(module)
     module.__class__ = _slot_class(base, site.kind, anatomy.family.cache_argument)  # type: ignore[arg-type]
@@ -188,6 +191,7 @@ def remove_slots(model: PreTrainedModel) -> None:
         hook = getattr(slot, "_hf_hook", None)
         if hook is not None:
             remove_hook_from_module(slot)
+            slot.__dict__.pop("forward", None)
         del slot._modules["replacement"]
         for name in ("slot_position", "cache_index", "is_hollow"):
             del slot.__dict__[name]

@@ -42,7 +42,7 @@ class ForgettingMonitor(Callback):
                 name: {domain: loss.loss for domain, loss in pl_module.losses_at(position, loaders).items()}
                 for name, position in BASELINES.items()
             }
-            start = pl_module.losses_at("replacement", loaders)
+            start = {domain: loss for domain, loss in pl_module.start_losses().items() if domain in loaders}
             self.lowest = {domain: loss.loss for domain, loss in start.items()}
             log_start(trainer, self._figures(start))
         add_layout(trainer, list(self.lowest))

@@ -35,10 +35,7 @@ class OverfittingMonitor(Callback):
         """Score both sets before the first step, unless that came from a checkpoint."""
         assert isinstance(pl_module, RecoveryModule)
         if not self.start:
-            loaders = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-            domain = self._domain(loaders)
-            both = {name: loaders[name] for name in ("train", domain)}
-            log_start(trainer, self._figures(pl_module.losses_at("replacement", both)))
+            log_start(trainer, self._figures(pl_module.start_losses()))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log both losses and how they part."""

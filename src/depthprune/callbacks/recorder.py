@@ -24,8 +24,7 @@ class LossRecorder(Callback):
         """Score every domain before the first step, unless that came from a checkpoint."""
         assert isinstance(pl_module, RecoveryModule)
         if not self.history:
-            loaders = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-            self.history[0] = pl_module.losses_at("replacement", loaders)
+            self.history[0] = pl_module.start_losses()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep this validation's losses."""

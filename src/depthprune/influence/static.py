@@ -158,7 +158,8 @@ def estimate_influence(
     means = MeanUpdates(sites, anatomy.hidden_size)
     run_observed(model, batches, sites, [influence, means])
     values, updates = influence.compute(), means.compute()
-    tokens = int(means.tokens.max()) if sites else 0
+    with means.sync_context():  # the tokens of all processes
+        tokens = int(means.tokens.max()) if sites else 0
     about = {
         **(provenance or {}),
         "tokens": tokens,

@@ -79,9 +79,7 @@ class InfluenceTable:
             if not any(site.kind == kind for site in column):
                 raise ValueError(f"The table holds no {kind} sites: score them first.")
         chosen = [site for site in column if site.kind in kinds]
-        for site in chosen:
-            if not math.isfinite(column[site]):
-                raise ValueError(f"The {metric} influence of {site} is {column[site]}: check the model and the text.")
+        _check_finite(metric, {site: column[site] for site in chosen})
         return sorted(chosen, key=lambda site: (column[site], -site.index))
 
     def plan(
@@ -123,7 +121,13 @@ class InfluenceTable:
         }
 
     def to_json(self, path: Path | str) -> None:
-        """Write the table as JSON, whole or not at all."""
+        """Write the table as JSON, whole or not at all.
+
+        Raises:
+            ValueError: a value is not finite.
+        """
+        for metric, column in self.values.items():
+            _check_finite(metric, column)
         write_json(path, self.to_dict())
 
     @classmethod
@@ -144,7 +148,7 @@ class InfluenceTable:
             }
             fingerprint = Fingerprint(data["fingerprint"]["architecture"], data["fingerprint"]["weights"])
             return cls(values, fingerprint, data["provenance"])
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{origin} is a damaged influence table ({error!r}): make it anew.") from error
 
     @classmethod
@@ -171,3 +175,9 @@ class InfluenceTable:
         from depthprune.figures import influence_figure
 
         return influence_figure(self)
+
+
+def _check_finite(metric: str, column: Mapping[Site, float]) -> None:
+    for site, value in column.items():
+        if not math.isfinite(value):
+            raise ValueError(f"The {metric} influence of {site} is {value}: check the model and the text.")

@@ -69,11 +69,11 @@ def _source_sites(anatomy: Anatomy, plan: PruningPlan, removal: Removal) -> tupl
         return removal.sites
     last = removal.sites[-1]
     gone = set(plan.sites)
-    blocks_gone = {site.index for site in gone if site.kind == "block"}
+    broken = {site.index for site in gone if "block" in (site.kind, last.kind)}  # a block stays if all of it stays
     later = tuple(
         site
         for site in anatomy.sites((last.kind,))
-        if site.index > last.index and site not in gone and site.index not in blocks_gone
+        if site.index > last.index and site not in gone and site.index not in broken
     )
     if not later:
         raise ValueError(f"{last} has no deeper {last.kind} that stays, so source={source!r} is empty: use 'own'.")

@@ -86,6 +86,7 @@ class RecoveryModule(LightningModule):
         self.strict_loading = False  # checkpoints lack the base on purpose; load_state_dict checks the rest itself
         self.is_calibrated = False
         self.domain_metrics: dict[str, DocumentLoss] = {}
+        self._start: dict[str, DomainLoss] = {}
 
     @classmethod
     def of(cls, model: PreTrainedModel, plan: str, **settings: Any) -> RecoveryModule:
@@ -120,7 +121,7 @@ class RecoveryModule(LightningModule):
         self.model.requires_grad_(False)
         install_slots(self.model, self.plan)
         if self.hparams["gradient_checkpointing"]:
-            self.model.gradient_checkpointing_enable()
+            self.model.activation_checkpointing_enable()
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -207,6 +208,14 @@ class RecoveryModule(LightningModule):
             return {
                 name: document_loss(self.causal_lm, loader, loader.document_count) for name, loader in loaders.items()
             }
+
+    def start_losses(self) -> dict[str, DomainLoss]:
+        """The losses of every validation set before the first step, measured once for all callbacks."""
+        assert self.global_step == 0, "after the first step the start cannot be measured"
+        if not self._start:
+            self.print("Scoring every validation set before the first step.")
+            self._start = self.losses_at("replacement", self._datamodule().val_dataloader())
+        return self._start
 
     def _start_domains(self, loaders: Mapping[str, Batches]) -> None:
         self.domain_metrics = {
