@@ -4,6 +4,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 _cache = tempfile.TemporaryDirectory(prefix="depthprune-tests-")  # goes with the process
 os.environ["HF_HUB_OFFLINE"] = "1"  # both before anything imports huggingface_hub and datasets
@@ -13,6 +14,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from depthprune.loading import save
+from depthprune.sites import PruningPlan
+from tests.command_line import Workshop, documents
+from tests.tiny_models import tiny_model
 
 torch.set_num_threads(1)
 
@@ -32,3 +38,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     words = "the of and to in a is that it was for on are as with his they at be this have from or one had by word"
     backend.train_from_iterator([words] * 20, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Workshop:
+    """A tiny model's folder, two texts and a plan, for the command line."""
+    folder = tmp_path_factory.mktemp("workshop")
+    made = Workshop(folder / "model", folder / "news.jsonl", folder / "law.jsonl", folder / "plan.json")
+    save(tiny_model(vocab_size=320), tiny_tokenizer, made.model)
+    made.text.write_text(documents(seed=1, count=80))
+    made.other.write_text(documents(seed=2, count=80))
+    PruningPlan.of("block.2", "attention.3", "block.4").save(made.plan)
+    return made

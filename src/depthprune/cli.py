@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from depthprune.memory import keep_freed_memory
+
 LIGHTNING = {
     "fit": "train replacements (LightningCLI)",
     "validate": "score every domain's tune text under a checkpoint (LightningCLI)",
@@ -44,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(version("depthprune"))
         return 0
+    keep_freed_memory()
     try:
         if command in LIGHTNING:
             import_module("depthprune.recovery.cli").run(arguments)

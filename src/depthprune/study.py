@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -213,7 +215,7 @@ class _Results:
         config = self.content["config"]
         length = config["sequence_length"]
         self.content.update(
-            command=f"depthprune study --config configs/study/{config['name']}.yaml",
+            command=shlex.join(["depthprune", *sys.argv[1:]]) if Path(sys.argv[0]).stem == "depthprune" else "",
             versions={"python": platform.python_version(), **{package: version(package) for package in packages}},
             model={
                 "name": name,

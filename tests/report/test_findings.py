@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from depthprune.report.findings import FAR_LESS, Finding, findings
+from depthprune.report.findings import Finding, findings
 from depthprune.report.results import StudyResults
 from tests.report.synthetic_study import DOMAINS, REALISTIC, synthetic_study
 
@@ -29,8 +29,8 @@ def finding(study: dict[str, Any], start: str) -> Finding:
 def test_realistic_study_reproduces_the_orderings():
     verdicts = {item.claim: item.verdict for item in findings(synthetic_study())}
     assert verdicts == {
-        "10 attentions cost far less than 10 blocks.": "reproduced",
-        "10 blocks cost far less than 10 MLPs.": "reproduced",
+        "10 attentions cost less than 10 blocks.": "reproduced",
+        "10 blocks cost less than 10 MLPs.": "reproduced",
         "The emulated update beats none at 10 attentions.": "reproduced",
         "The emulated update beats none at 6 blocks.": "reproduced",
         "The emulated update beats none at 10 blocks.": "reproduced",
@@ -43,8 +43,7 @@ def test_realistic_study_reproduces_the_orderings():
 @pytest.mark.parametrize(
     ("damage", "verdict"),
     [
-        (1.66 * FAR_LESS - 0.2, "reproduced"),
-        (1.66 * FAR_LESS + 0.2, "not reproduced"),  # less, but not far less
+        (0.6, "reproduced"),
         (1.66, "within noise"),
         (2.5, "not reproduced"),
     ],
@@ -53,12 +52,12 @@ def test_cost_verdict_follows_the_numbers(damage: float, verdict: str):
     study = synthetic_study(
         plans(attentions_10=same("attention", 10, damage, -0.1, None), blocks_10=same("block", 10, 1.66, -0.1, None)),
     )
-    assert finding(study, "10 attentions cost far less").verdict == verdict
+    assert finding(study, "10 attentions cost less").verdict == verdict
 
 
 def test_costs_are_compared_at_the_largest_shared_count():
     study = synthetic_study(plans(attentions_12=same("attention", 12, 3.0, -0.1, None)))
-    assert finding(study, "10 attentions cost far less than 10 blocks").verdict == "reproduced"
+    assert finding(study, "10 attentions cost less than 10 blocks").verdict == "reproduced"
 
 
 @pytest.mark.parametrize(("gain", "verdict"), [(-0.15, "reproduced"), (0.0, "within noise"), (0.15, "not reproduced")])

@@ -43,7 +43,7 @@ def test_findings_come_first(text: str):
     headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
     assert headings[:2] == ["Findings", "Set-up"]
     assert headings[-2:] == ["Definitions", "How it was made"]
-    assert "- **Reproduced:** 10 attentions cost far less than 10 blocks." in text
+    assert "- **Reproduced:** 10 attentions cost less than 10 blocks." in text
     assert "No control run was made" in text
     assert "not converged at this budget" in text
 

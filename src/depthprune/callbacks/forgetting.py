@@ -60,7 +60,7 @@ class ForgettingMonitor(Callback):
     def _figures(self, losses: Mapping[str, DomainLoss]) -> dict[str, float]:
         figures = {}
         for domain, loss in losses.items():
-            figures[f"2_forgetting/{domain}"] = loss.loss - self.lowest[domain]
+            figures[f"2_forgetting/{domain}_above_its_lowest_loss"] = loss.loss - self.lowest[domain]
             for name, baseline in self.baselines.items():
                 figures[f"3_domains/{domain}/minus_{name}"] = loss.loss - baseline[domain]
         return figures
@@ -95,10 +95,16 @@ def add_layout(trainer: Trainer, domains: list[str]) -> None:
                 "Multiline",
                 ["1_overfitting/validation_loss", "1_overfitting/training_documents_loss"],
             ],
-            "rise of validation over training loss since the start": ["Multiline", ["1_overfitting/since_start"]],
+            "rise of validation over training loss since the start": [
+                "Multiline",
+                ["1_overfitting/gap_growth_since_start"],
+            ],
         },
         "2 forgetting": {
-            "loss above its lowest so far": ["Multiline", [f"2_forgetting/{domain}" for domain in domains]],
+            "loss above its lowest so far": [
+                "Multiline",
+                [f"2_forgetting/{domain}_above_its_lowest_loss" for domain in domains],
+            ],
             "loss above the emulated update": [
                 "Multiline",
                 [f"3_domains/{domain}/minus_emulated_update" for domain in domains],

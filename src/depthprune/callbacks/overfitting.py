@@ -14,8 +14,8 @@ from depthprune.recovery.module import RecoveryModule
 class OverfittingMonitor(Callback):
     """Logs training and validation loss on comparable batches, and how they part.
 
-    Both are scored in evaluation mode on the same number of sequences. ``gap`` is validation minus training loss;
-    ``since_start`` is the rise of the validation loss since the start minus the rise of the training loss: what
+    Both are scored in evaluation mode on the same number of sequences. ``validation_minus_training_loss`` is validation minus training loss;
+    ``gap_growth_since_start`` is the rise of the validation loss since the start minus the rise of the training loss: what
     training added to the gap, free of how hard the two sets are.
 
     Args:
@@ -50,8 +50,9 @@ class OverfittingMonitor(Callback):
         return {
             "1_overfitting/training_documents_loss": training,
             "1_overfitting/validation_loss": validation,
-            "1_overfitting/gap": validation - training,
-            "1_overfitting/since_start": (validation - self.start["validation"]) - (training - self.start["training"]),
+            "1_overfitting/validation_minus_training_loss": validation - training,
+            "1_overfitting/gap_growth_since_start": (validation - self.start["validation"])
+            - (training - self.start["training"]),
         }
 
     def _domain(self, names: Any) -> str:

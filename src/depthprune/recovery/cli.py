@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -32,6 +33,7 @@ def run(arguments: Sequence[str]) -> None:
     Args:
         arguments: the command line, the subcommand first.
     """
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # they are the command line's
     RecoveryCLI(
         RecoveryModule,
         TextDataModule,

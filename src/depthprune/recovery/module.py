@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from depthprune.data.batches import Batches
 from depthprune.evaluation.domains import DocumentLoss, DomainLoss, document_loss
+from depthprune.families import Anatomy
 from depthprune.head import Batch, token_losses
 from depthprune.loading import load
 from depthprune.names import unknown_name
@@ -87,6 +89,7 @@ class RecoveryModule(LightningModule):
         self.is_calibrated = False
         self.domain_metrics: dict[str, DocumentLoss] = {}
         self._start: dict[str, DomainLoss] = {}
+        self._dropout_seed: int | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel, plan: str, **settings: Any) -> RecoveryModule:
@@ -122,6 +125,8 @@ class RecoveryModule(LightningModule):
         install_slots(self.model, self.plan)
         if self.hparams["gradient_checkpointing"]:
             self.model.activation_checkpointing_enable()
+            for block in Anatomy.of(self.model).blocks:
+                block.training = True  # transformers recomputes only such blocks; the dropouts inside stay off
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -146,6 +151,8 @@ class RecoveryModule(LightningModule):
                 "or use `depthprune prune`."
             )
         self.calibrate()
+        if self._dropout_seed is None:
+            self._dropout_seed = torch.initial_seed()
 
     def on_validation_start(self) -> None:
         """Calibrate if the run only validates."""
@@ -154,6 +161,12 @@ class RecoveryModule(LightningModule):
     def on_test_start(self) -> None:
         """Calibrate if the run only tests."""
         self.calibrate()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed dropout by the number of the batch, so that a resumed run drops what an uninterrupted one drops."""
+        assert self._dropout_seed is not None
+        place = self._dropout_seed, self.trainer.fit_loop.total_batch_idx, self.global_rank
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The objective on one batch."""
@@ -210,8 +223,16 @@ class RecoveryModule(LightningModule):
             }
 
     def start_losses(self) -> dict[str, DomainLoss]:
-        """The losses of every validation set before the first step, measured once for all callbacks."""
-        assert self.global_step == 0, "after the first step the start cannot be measured"
+        """The losses of every validation set before the first step, measured once for all callbacks.
+
+        Raises:
+            ValueError: the run is past its first step.
+        """
+        if self.global_step:
+            raise ValueError(
+                "A monitor cannot be added to a resumed run, because it compares with the start: drop it, or start anew "
+                "without --ckpt_path."
+            )
         if not self._start:
             self.print("Scoring every validation set before the first step.")
             self._start = self.losses_at("replacement", self._datamodule().val_dataloader())
@@ -262,7 +283,11 @@ class RecoveryModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the plan and what resuming must not change."""
-        checkpoint["depthprune"] = {"plan": self.plan.to_dict(), "settings": self._settings()}
+        checkpoint["depthprune"] = {
+            "plan": self.plan.to_dict(),
+            "settings": self._settings(),
+            "dropout_seed": self._dropout_seed,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume with other settings than the run was started with.
@@ -286,6 +311,7 @@ class RecoveryModule(LightningModule):
                     f"The checkpoint was made with {name}={saved['settings'].get(name)!r}, and now it is {value!r}: "
                     "drop the flag, or start anew without --ckpt_path."
                 )
+        self._dropout_seed = saved.get("dropout_seed")
 
     def _settings(self) -> dict[str, Any]:
         """What must stay the same when a run is resumed."""

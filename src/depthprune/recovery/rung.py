@@ -109,7 +109,7 @@ def train_rung(
             gradient_clip_val=1.0,
             enable_model_summary=False,
             use_distributed_sampler=False,
-            logger=TensorBoardLogger(folder, name="tensorboard", version=name),
+            logger=TensorBoardLogger(folder, name="tensorboard", version=name, default_hp_metric=False),
             callbacks=[
                 recorder,
                 OverfittingMonitor(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from depthprune.evaluation.domains import RESAMPLES, Interval
 from depthprune.figures import curve_label
-from depthprune.report.findings import FAR_LESS, findings, interval_text, not_converged, signed
+from depthprune.report.findings import findings, interval_text, not_converged, signed
 from depthprune.report.markdown import code_block, escaped, table
 from depthprune.report.results import (
     HEADLINE_DOCUMENTS,
@@ -27,7 +27,7 @@ DEFINITIONS = f"""\
   came back: (loss of `none` minus loss with the replacement) / damage. It is {ABSENT} where the damage is within noise.
 - **Differences** are paired by document; `[low, high]` is their 95% bootstrap interval over documents ({RESAMPLES:,}
   resamples). **Beats** means that the interval excludes 0; such differences are **bold**. **Within noise** means that
-  it does not. **Far less** means beats, and at most {FAR_LESS:.0%} of the other's damage.
+  it does not.
 - **Regression** of a domain is its loss minus that at the start of training. **Forgetting** is its loss minus the
   lowest loss that it had at any step so far, the start included.
 - **Overfitting** is the change of the in-domain held-out loss minus the change of the loss on training documents, both
