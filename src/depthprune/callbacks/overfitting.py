@@ -14,9 +14,9 @@ from depthprune.recovery.module import RecoveryModule
 class OverfittingMonitor(Callback):
     """Logs training and validation loss on comparable batches, and how they part.
 
-    Both are scored in evaluation mode on the same number of sequences. ``validation_minus_training_loss`` is validation minus training loss;
-    ``gap_growth_since_start`` is the rise of the validation loss since the start minus the rise of the training loss: what
-    training added to the gap, free of how hard the two sets are.
+    Both are scored in evaluation mode on the same number of sequences. Their gap is logged, and how much it grew since
+    the start: the rise of the validation loss minus the rise of the training documents' loss, which is free of how hard
+    the two sets are.
 
     Args:
         domain: the validation domain of the same kind as the training text; the first one if not given.

@@ -230,8 +230,8 @@ class RecoveryModule(LightningModule):
         """
         if self.global_step:
             raise ValueError(
-                "A monitor cannot be added to a resumed run, because it compares with the start: drop it, or start anew "
-                "without --ckpt_path."
+                "A monitor cannot be added to a resumed run, because it compares with the start: drop it, or start "
+                "anew without --ckpt_path."
             )
         if not self._start:
             self.print("Scoring every validation set before the first step.")
