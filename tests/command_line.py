@@ -72,7 +72,7 @@ def write_config(path: Path, content: Mapping[str, Any]) -> Path:
 
 
 def fit_settings(workshop: Workshop, folder: Path, dropout: float = 0.2, workers: int = 0) -> dict[str, Any]:
-    """The configuration of a fit that writes to a folder and keeps a checkpoint of every step."""
+    """The configuration of a fit that keeps a checkpoint of every step, and in ``validated`` of every validation."""
     return {
         "seed_everything": 3,
         "model": {
@@ -126,6 +126,10 @@ def fit_settings(workshop: Workshop, folder: Path, dropout: float = 0.2, workers
                         "save_last": True,
                     },
                 },
+                {  # after each validation, as in configs/
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"dirpath": folder / "validated", "filename": "{step}", "save_top_k": -1},
+                },
             ],
         },
     }
@@ -135,7 +139,7 @@ def fit(workshop: Workshop, folder: Path, *more: object, dropout: float = 0.2, w
     """Run ``depthprune fit`` and give its last checkpoint."""
     config = write_config(folder / "fit.yaml", fit_settings(workshop, folder, dropout, workers))
     assert run("fit", "--config", config, *more) == 0
-    return read_checkpoint(folder / f"step={STEPS}.ckpt")
+    return read_checkpoint(folder / "validated" / f"step={STEPS}.ckpt")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

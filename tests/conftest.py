@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from depthprune.loading import save
 from depthprune.sites import PruningPlan
-from tests.command_line import Workshop, documents
+from tests.command_line import Workshop, documents, fit
 from tests.tiny_models import tiny_model
 
 torch.set_num_threads(1)
@@ -50,3 +50,11 @@ def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTraine
     made.other.write_text(documents(seed=2, count=80))
     PruningPlan.of("block.2", "attention.3", "block.4").save(made.plan)
     return made
+
+
+@pytest.fixture(scope="session")
+def fitted(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted fit, with a checkpoint of every step; nobody writes to it."""
+    folder = tmp_path_factory.mktemp("fitted")
+    fit(workshop, folder)
+    return folder

@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(version("depthprune"))
         return 0
     keep_freed_memory()
+    from jsonargparse import ArgumentError
+
     try:
         if command in LIGHTNING:
             import_module("depthprune.recovery.cli").run(arguments)
@@ -58,22 +60,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 getattr(import_module(room), function),
                 args=rest,
                 prog=f"depthprune {command}",
-                as_positional=command == "fetch",
+                as_positional=False,
+                exit_on_error=False,
             )
         else:
             from depthprune.names import unknown_name
 
             raise unknown_name("command", command, [*COMMANDS, *LIGHTNING])
+    except ArgumentError as error:
+        return _refuse(f"{(error.message or str(error)).rstrip('.')}: see depthprune {command} --help.")
     except (ValueError, OSError) as error:
         if os.environ.get("DEPTHPRUNE_DEBUG"):
             raise
-        message = " ".join(str(error).split()) or repr(error)
-        print(f"depthprune: error: {message}", file=sys.stderr)
-        return 2
+        return _refuse(str(error) or repr(error))
     except KeyboardInterrupt:
         print("depthprune: interrupted; the same command goes on from what is saved.", file=sys.stderr)
         return 130
     return 0
+
+
+def _refuse(message: str) -> int:
+    print(f"depthprune: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
 
 
 def _help() -> str:

@@ -27,9 +27,7 @@ def whole_file(path: Path | str) -> Iterator[Path]:
     partial = Path(name)
     try:
         yield partial
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)  # mkstemp makes private files
+        partial.chmod(0o666 & ~_umask())  # mkstemp makes private files
         partial.replace(path)
     except OSError as error:
         raise _cannot_write(path, error) from error
@@ -83,6 +81,12 @@ def read_json(path: Path | str, what: str) -> Any:
         raise ValueError(f"{path} is not {what}: it is not valid JSON ({error}). Make it anew.") from error
 
 
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
 def _cannot_write(path: Path, error: OSError) -> ValueError:
     return ValueError(f"Cannot write {path}: {error.strerror or error}. Free some space or name another place.")
 
@@ -104,7 +108,10 @@ def whole_folder(folder: Path | str) -> Iterator[Path]:
         raise _cannot_write(folder, error) from error
     try:
         yield partial
-        partial.chmod(0o755)
+        for file in partial.rglob("*"):  # safetensors makes private files
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())
+        partial.chmod(0o777 & ~_umask())
         partial.replace(folder)
     except OSError as error:
         raise _cannot_write(folder, error) from error

@@ -90,7 +90,9 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     """
     source = _resolve(name)
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        content, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+        config = _base_config(content) if content.get("model_type") == MODEL_TYPE else None
+        return AutoTokenizer.from_pretrained(source, config=config, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"Cannot load the tokenizer of {name}: {_first_line(error)}") from error
 
@@ -225,13 +227,18 @@ def _load_pruned(
     return model
 
 
+def _base_config(content: dict[str, Any]) -> PreTrainedConfig:
+    """The config of the base architecture in a pruned folder's config."""
+    base_config = dict(content["base_config"])
+    return AutoConfig.for_model(base_config.pop("model_type"), **base_config)
+
+
 def _pruned_structure(
     content: dict[str, Any], dtype: torch.dtype | str, attn_implementation: str | None
 ) -> PreTrainedModel:
     """The model that a pruned folder's config describes, its weights still on the meta device."""
-    base_config = dict(content["base_config"])
-    config = AutoConfig.for_model(base_config.pop("model_type"), **base_config)
-    model_dtype = parse_dtype(base_config["dtype"]) if dtype == "auto" else dtype
+    config = _base_config(content)
+    model_dtype = parse_dtype(content["base_config"]["dtype"]) if dtype == "auto" else dtype
     assert isinstance(model_dtype, torch.dtype)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=model_dtype, attn_implementation=attn_implementation)

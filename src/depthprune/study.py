@@ -6,6 +6,7 @@ Every stage adds to ``study.json``; a killed study goes on from there. The repor
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import shlex
 import sys
@@ -32,7 +33,7 @@ from depthprune.data.text import RoleShares, TextSource
 from depthprune.evaluation.domains import document_loss
 from depthprune.families import Anatomy, architecture_of
 from depthprune.files import make_folder, read_json, whole_file, write_json
-from depthprune.influence.static import estimate_influence
+from depthprune.influence.static import STATIC_METRICS, estimate_influence
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
 from depthprune.moments import mean_updates
@@ -121,6 +122,8 @@ def study(
     for plan in plans:
         if plan.kind not in KINDS:
             raise unknown_name("kind of site", plan.kind, KINDS)
+    if metric not in STATIC_METRICS:
+        raise unknown_name("metric", metric, STATIC_METRICS)
     folder = make_folder(output)
     results = _Results.open(folder / "study.json", config)
     if results.get("finished"):
@@ -132,6 +135,8 @@ def study(
         flush=True,
     )
     causal_lm, _ = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
+    if any(plan.train for plan in plans):
+        training.check(causal_lm)
     torch.nn.Module.to(causal_lm, Fabric(accelerator=accelerator, devices=1).device)
     data = TextDataModule(
         tokenizer=model,
@@ -149,7 +154,7 @@ def study(
         seed=seed,
     )
     results.describe(causal_lm, model, data)
-    table = _score(results, causal_lm, data, metric, folder)
+    table = _score(results, causal_lm, data, folder)
     means = _means(results, causal_lm, data, folder)
     chosen = {plan.name: table.plan(metric, [plan.kind], plan.remove) for plan in plans}
     for plan in plans:
@@ -243,9 +248,7 @@ class _Results:
         seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - start, 1)
 
 
-def _score(
-    results: _Results, causal_lm: PreTrainedModel, data: TextDataModule, metric: str, folder: Path
-) -> InfluenceTable:
+def _score(results: _Results, causal_lm: PreTrainedModel, data: TextDataModule, folder: Path) -> InfluenceTable:
     saved = results.get("influence")
     if saved is not None:
         return InfluenceTable.from_dict(saved, "the study's influence")
@@ -253,10 +256,9 @@ def _score(
     about = {"model": config["model"], "text": config["text"]["path"], "role": "score", "seed": config["seed"]}
     with results.timed("score"):
         table = estimate_influence(causal_lm, tracked(data.score_dataloader(), "Scoring all sites"), provenance=about)
-    table.of_metric(metric)  # an unknown metric is refused before anything else runs
+    write_influence(table, folder)
     results.content["influence"] = table.to_dict()
     results.save()
-    write_influence(table, folder)
     return table
 
 
@@ -341,11 +343,5 @@ def _finish(results: _Results, folder: Path, model: str) -> None:
 
 
 def _as_data(value: Any) -> Any:
-    """Plain JSON-ready data of arguments and dataclasses."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _as_data(dataclasses.asdict(value))
-    if isinstance(value, Mapping):
-        return {str(key): _as_data(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_data(item) for item in value]
-    return value
+    """Arguments and dataclasses as they come back from a JSON file."""
+    return json.loads(json.dumps(value, default=dataclasses.asdict))

@@ -16,6 +16,7 @@ from depthprune.influence.table import InfluenceTable
 from depthprune.loading import PLAN_FILE, load, save
 from depthprune.progress import tracked
 from depthprune.pruning import prune as prune_model
+from depthprune.recovery.checkpoints import read_checkpoint
 from depthprune.recovery.closed_form import sites_to_measure
 from depthprune.sites import PruningPlan
 from depthprune.surgery import check_plan, install_slots, remove_for_good, replacement_state
@@ -77,8 +78,8 @@ def prune(
         raise ValueError(
             f"Name the plan's source once: influence, sites, plan or checkpoint; given: {', '.join(given) or 'none'}."
         )
+    trained = read_checkpoint(checkpoint) if checkpoint else None
     causal_lm, tokenizer = load(model, dtype=dtype, revision=revision, device_map=device_map)
-    trained = _read_checkpoint(checkpoint) if checkpoint else None
     if trained is not None:
         chosen = PruningPlan.from_dict(trained["depthprune"]["plan"], checkpoint or "")
     elif plan is not None:
@@ -133,16 +134,6 @@ def _sources(
 
 def _fit_command(model: str, output: str) -> str:
     return f"depthprune fit --config configs/fit/quickstart.yaml --model.base {model} --model.plan {output}/{PLAN_FILE}"
-
-
-def _read_checkpoint(path: str) -> dict[str, Any]:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever unpickling makes of a file that is not a checkpoint
-        raise ValueError(f"Cannot read the checkpoint {path}: {error}. Name one of `depthprune fit`.") from error
-    if "depthprune" not in checkpoint:
-        raise ValueError(f"The checkpoint {path} was not written by `depthprune fit`: name one that was.")
-    return checkpoint
 
 
 def _take_replacements(causal_lm: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from depthprune.data.batches import Batches
 from depthprune.evaluation.domains import DocumentLoss, DomainLoss, document_loss
-from depthprune.families import Anatomy
+from depthprune.families import Anatomy, unpruned_fingerprint
 from depthprune.head import Batch, token_losses
 from depthprune.loading import load
 from depthprune.names import unknown_name
@@ -121,6 +122,8 @@ class RecoveryModule(LightningModule):
         if open_slots(self.model):
             return
         check_plan(self.model, self.plan)
+        if self.plan.fingerprint is None:  # checkpoints carry the plan, and must not be put into another model
+            self.plan = replace(self.plan, fingerprint=unpruned_fingerprint(self.model))
         self.model.requires_grad_(False)
         install_slots(self.model, self.plan)
         if self.hparams["gradient_checkpointing"]:
@@ -144,12 +147,7 @@ class RecoveryModule(LightningModule):
         self.is_calibrated = True
 
     def on_fit_start(self) -> None:
-        """Calibrate, and check that there is something to train."""
-        if not replacement_parameters(self.causal_lm):
-            raise ValueError(
-                "The plan's replacements have nothing to train: set model.replacement to low_rank_adapter, "
-                "or use `depthprune prune`."
-            )
+        """Calibrate, and choose the seed of dropout."""
         self.calibrate()
         if self._dropout_seed is None:
             self._dropout_seed = torch.initial_seed()
@@ -253,8 +251,18 @@ class RecoveryModule(LightningModule):
                 self.log(f"3_domains/{name}/{figure}", getattr(loss, figure), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over the replacements' parameters, and its schedule by steps."""
-        optimizer = self.make_optimizer(replacement_parameters(self.causal_lm))
+        """The optimizer over the replacements' parameters, and its schedule by steps.
+
+        Raises:
+            ValueError: the replacements have no parameters.
+        """
+        parameters = replacement_parameters(self.causal_lm)
+        if not parameters:
+            raise ValueError(
+                "The plan's replacements have nothing to train: set model.replacement to low_rank_adapter, "
+                "or use `depthprune prune`."
+            )
+        optimizer = self.make_optimizer(parameters)
         if self.make_scheduler is None:
             return optimizer
         return {
@@ -316,11 +324,13 @@ class RecoveryModule(LightningModule):
     def _settings(self) -> dict[str, Any]:
         """What must stay the same when a run is resumed."""
         optimizer = self.make_optimizer([nn.Parameter(torch.zeros(1))])
-        defaults = {name: value for name, value in optimizer.defaults.items() if isinstance(value, int | float)}
+        scheduler = self.make_scheduler and self.make_scheduler(optimizer)
         return {
             **{name: self.hparams[name] for name in SETTINGS},
             "optimizer": type(optimizer).__name__,
-            **{f"optimizer.{name}": value for name, value in defaults.items()},
+            **_numbers("optimizer", optimizer.defaults),
+            "scheduler": type(scheduler).__name__ if scheduler else None,
+            **_numbers("scheduler", scheduler.state_dict() if scheduler else {}),
         }
 
     def _datamodule(self) -> Any:
@@ -328,3 +338,8 @@ class RecoveryModule(LightningModule):
         if datamodule is None or not hasattr(datamodule, "calibration_dataloader"):
             raise ValueError("Give the Trainer a TextDataModule: the replacements are calibrated on its text.")
         return datamodule
+
+
+def _numbers(owner: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of an optimizer's or a schedule's settings that are numbers, by a name that says whose they are."""
+    return {f"{owner}.{name}": value for name, value in values.items() if isinstance(value, int | float)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from depthprune.callbacks.recorder import LossRecorder
 from depthprune.data.module import TextDataModule
 from depthprune.recovery.closed_form import calibrate
 from depthprune.recovery.module import RecoveryModule
+from depthprune.replacements import build_replacement
 from depthprune.sites import Site
 from depthprune.surgery import remove_slots, replacement_parameters
 
@@ -49,6 +51,17 @@ class Training:
             raise ValueError(f"training.steps is {self.steps}: choose a multiple of 4, for a validation each quarter.")
         if self.learning_rate <= 0 or self.batch_size < 1:
             raise ValueError("training.learning_rate and training.batch_size must be above 0.")
+
+    def check(self, causal_lm: PreTrainedModel) -> None:
+        """Refuse what cannot be trained in a model's sites.
+
+        Raises:
+            ValueError: no such replacement or option, or a replacement without parameters.
+        """
+        with torch.device("meta"):
+            built = build_replacement(self.replacement, causal_lm.config.hidden_size, self.options)
+        if built is None or not list(built.parameters()):
+            raise ValueError(f"training.replacement {self.replacement!r} has nothing to train: use low_rank_adapter.")
 
 
 @contextmanager
@@ -92,6 +105,8 @@ def train_rung(
             optimizer, lambda step: min(1.0, (step + 1) / warmup)
         ),
     )
+    text = copy.copy(data)  # with what it has packed so far
+    text.batch_size = training.batch_size
     try:
         module.configure_model()
         calibrate(causal_lm, module.plan, means)
@@ -117,7 +132,7 @@ def train_rung(
                 ModelCheckpoint(run_folder, save_top_k=0, save_last=True, save_on_train_epoch_end=False),
             ],
         )
-        trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None)
+        trainer.fit(module, datamodule=text, ckpt_path=str(last) if last.exists() else None)
         rung = _describe(module, recorder, training, data)
         yield {**rung, "seconds": time.monotonic() - start}
     finally:

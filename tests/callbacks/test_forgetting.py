@@ -1,0 +1,113 @@
+"""Forgetting and the differences to fixed variants, read from event files and computed again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+from depthprune.callbacks.forgetting import ForgettingMonitor
+from depthprune.callbacks.overfitting import OverfittingMonitor
+from depthprune.data.module import TextDataModule
+from depthprune.data.text import TextSource
+from depthprune.evaluation.domains import document_loss
+from depthprune.loading import load
+from tests import brute_force
+from tests.brute_force import NOTHING
+from tests.command_line import STEPS, Workshop, fit, fit_settings, mean_loss, read_checkpoint, recorded, scalars
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+RATE = ["--model.optimizer.init_args.lr", 1.0]  # so high that losses rise
+SITES = ("block.2", "attention.3", "block.4")
+
+
+@pytest.fixture(scope="module")
+def rising(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rising")
+    fit(workshop, folder, *RATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def losses(rising: Path) -> dict[str, dict[int, float]]:
+    """Domain to step to loss, the start included."""
+    history = recorded(read_checkpoint(rising / "validated" / f"step={STEPS}.ckpt"))
+    assert list(history) == [0, 2, 4, 6, 8]
+    return {name: {step: mean_loss(sums[name]) for step, sums in history.items()} for name in ("news", "other")}
+
+
+def logged(losses: dict[int, float]) -> list[float]:
+    return list(losses.values())
+
+
+def test_forgetting_is_the_loss_above_its_lowest_so_far(rising: Path, losses: dict[str, dict[int, float]]) -> None:
+    found = scalars(rising / "tensorboard")
+    assert {tag for tag in found if tag.startswith("2_")} == {
+        f"2_forgetting/{name}_above_its_lowest_loss" for name in losses
+    }
+    for name, by_step in losses.items():
+        values = logged(by_step)
+        expected = [value - min(values[: place + 1]) for place, value in enumerate(values)]
+        assert max(expected) > 0.01, "this run must forget"
+        tag = f"2_forgetting/{name}_above_its_lowest_loss"
+        assert logged(found[tag]) == pytest.approx(expected, abs=1e-6)
+        assert next(iter(found[tag])) == 0  # the start
+
+
+def test_differences_to_the_unpruned_model_none_and_the_emulated_update(
+    workshop: Workshop, rising: Path, losses: dict[str, dict[int, float]]
+) -> None:
+    settings = fit_settings(workshop, rising)["data"]
+    text = TextDataModule(
+        str(workshop.model),
+        TextSource(str(workshop.text)),
+        {"other": TextSource(str(workshop.other))},
+        **{name: value for name, value in settings.items() if name not in ("text", "domains")},
+    )
+    model = load(workshop.model)[0]
+    means = brute_force.mean_updates(model, text.calibration_dataloader())
+    with torch.no_grad():
+        variants = {
+            "unpruned": model,
+            "none": brute_force.without(model, dict.fromkeys(SITES, NOTHING)),
+            "emulated_update": brute_force.without(model, {site: brute_force.constant(means[site]) for site in SITES}),
+        }
+    found = scalars(rising / "tensorboard")
+    for domain, by_step in losses.items():
+        loader = text.val_dataloader()[domain]
+        for name, variant in variants.items():
+            baseline = document_loss(variant, loader, loader.document_count).loss
+            expected = [value - baseline for value in logged(by_step)]
+            assert logged(found[f"3_domains/{domain}/minus_{name}"]) == pytest.approx(expected, abs=2e-5)
+        assert logged(found[f"3_domains/{domain}/loss"]) == pytest.approx(logged(by_step)[1:], abs=1e-6)
+
+
+def test_a_resumed_run_goes_on_with_its_lowest_losses(workshop: Workshop, rising: Path, tmp_path: Path) -> None:
+    fit(workshop, tmp_path, *RATE, "--ckpt_path", rising / "validated" / "step=4.ckpt")
+    whole, resumed = scalars(rising / "tensorboard"), scalars(tmp_path / "tensorboard")
+    for tag, values in resumed.items():
+        assert values == {step: value for step, value in whole[tag].items() if step >= 4}, tag
+    assert {tag for tag in whole if tag[0] in "123"} <= set(resumed)
+
+
+def test_the_layout_names_tags_that_are_there(rising: Path) -> None:
+    events = EventAccumulator(str(rising / "tensorboard"))
+    events.Reload()
+    (event,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == ["1 overfitting", "2 forgetting", "3 damage"]
+    named = {tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag}
+    assert named <= set(scalars(rising / "tensorboard"))
+    assert {"1_overfitting/gap_growth_since_start", "2_forgetting/other_above_its_lowest_loss"} <= named
+    assert not any("/train/" in tag for tag in named)
+
+
+@pytest.mark.parametrize("monitor", [ForgettingMonitor, OverfittingMonitor])
+def test_other_modules_are_refused(monitor: type[ForgettingMonitor | OverfittingMonitor]) -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[monitor()])
+    with pytest.raises(ValueError, match="works with RecoveryModule"):
+        trainer.fit(LightningModule(), [0])

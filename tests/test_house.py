@@ -1,0 +1,81 @@
+"""The layout of the source: which room may import which, and how long a room may be."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import depthprune
+
+SOURCE = Path(depthprune.__file__).parent
+LONGEST = 350  # lines
+
+# Each room imports only rooms of earlier rows; rooms in one row do not know each other.
+LAYERS = [
+    {"names", "memory", "files", "progress", "wheels", "head", "data.groups", "data.roles", "data.batches"},
+    {"sites", "replacements", "embedded", "evaluation.domains", "recovery.checkpoints", "recovery.objectives"},
+    {"families", "data.text", "plotting"},
+    {"surgery", "moments", "data.packing"},
+    {"loading", "data.streaming", "influence.table", "recovery.closed_form"},
+    {"data.module", "influence.static", "pruning", "recovery.module"},
+    {"recovery.cli", "callbacks.forgetting", "callbacks.recorder"},
+    {"callbacks.overfitting"},
+    {"recovery.rung"},
+    {"report.results", "report.markdown"},
+    {"report.findings", "figures"},
+    {"report.sections"},
+    {"report.render"},
+    {"commands.catalogue", "commands.fetch", "commands.influence", "commands.prune"},
+    {"study"},
+    {"cli"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+DRAWS_ITSELF = ("influence.table", "figures")  # InfluenceTable.plot, imported when it is called
+
+FILES = sorted(SOURCE.rglob("*.py"))
+ROOMS = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in FILES if path.name != "__init__.py"}
+
+
+def imported(path: Path) -> set[str]:
+    """The rooms of the package that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively"
+            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        found |= {name.removeprefix("depthprune.") for name in names} & set(ROOMS)
+    return found
+
+
+def test_every_room_has_its_layer():
+    assert set(LEVEL) == set(ROOMS)
+    assert sum(map(len, LAYERS)) == len(LEVEL)  # none stands in two
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_rooms_import_only_rooms_below_them(room):
+    wrong = {other for other in imported(ROOMS[room]) if LEVEL[other] >= LEVEL[room]}
+    assert {other for other in wrong if (room, other) != DRAWS_ITSELF} == set()
+
+
+def test_imports_are_seen():
+    assert {"commands.influence", "recovery.rung", "embedded"} <= imported(ROOMS["study"])
+    assert imported(ROOMS["cli"]) == {"memory", "names"}  # everything else only when its command is chosen
+    assert "figures" in imported(ROOMS["influence.table"])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_files_are_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
+
+
+def test_no_file_is_a_drawer_for_everything():
+    assert not [path for path in FILES if path.stem in ("utils", "util", "helpers", "misc", "common")]
+
+
+def test_every_room_says_what_it_is():
+    silent = [room for room, path in ROOMS.items() if not ast.get_docstring(ast.parse(path.read_text("utf-8")))]
+    assert silent == []
