@@ -110,7 +110,7 @@ def fit_settings(workshop: Workshop, folder: Path, dropout: float = 0.2, workers
             "enable_model_summary": False,
             "logger": {
                 "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                "init_args": {"save_dir": folder, "name": "tensorboard", "version": ""},
+                "init_args": {"save_dir": folder, "name": "tensorboard", "version": "", "default_hp_metric": False},
             },
             "callbacks": [
                 {"class_path": "depthprune.callbacks.overfitting.OverfittingMonitor"},

@@ -21,7 +21,7 @@ LAYERS = [
     {"recovery.cli", "callbacks.forgetting", "callbacks.recorder"},
     {"callbacks.overfitting"},
     {"recovery.rung"},
-    {"report.results", "report.markdown"},
+    {"report.results", "report.markdown", "study_file"},
     {"report.findings", "figures"},
     {"report.sections"},
     {"report.render"},
@@ -62,7 +62,7 @@ def test_rooms_import_only_rooms_below_them(room):
 
 
 def test_imports_are_seen():
-    assert {"commands.influence", "recovery.rung", "embedded"} <= imported(ROOMS["study"])
+    assert {"commands.influence", "recovery.rung", "study_file"} <= imported(ROOMS["study"])
     assert imported(ROOMS["cli"]) == {"memory", "names"}  # everything else only when its command is chosen
     assert "figures" in imported(ROOMS["influence.table"])
 

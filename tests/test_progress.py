@@ -31,8 +31,10 @@ def test_takes_items_one_by_one():
     items.close()  # type: ignore[attr-defined]
 
 
-def test_an_error_between_items_comes_through():
+def test_an_error_of_the_items_comes_through():
+    def broken() -> Iterator[int]:
+        yield 1
+        raise RuntimeError("wolf")
+
     with pytest.raises(RuntimeError, match="wolf"):
-        for sheep in tracked([1, 2], "Counting"):
-            if sheep == 2:
-                raise RuntimeError("wolf")
+        list(tracked(broken(), "Counting"))

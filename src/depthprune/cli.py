@@ -73,7 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("DEPTHPRUNE_DEBUG"):
             raise
         return _refuse(str(error) or repr(error))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as leaving:
+        if isinstance(leaving, SystemExit) and not isinstance(leaving.__context__, KeyboardInterrupt):
+            raise  # only Lightning makes an exit of an interrupt
         print("depthprune: interrupted; the same command goes on from what is saved.", file=sys.stderr)
         return 130
     return 0

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 
 @contextmanager
 def whole_file(path: Path | str) -> Iterator[Path]:
@@ -49,6 +51,28 @@ def make_folder(folder: Path | str) -> Path:
     if not os.access(folder, os.W_OK):
         raise ValueError(f"Cannot write to the folder {folder}: name another one.")
     return folder
+
+
+@contextmanager
+def only_writer(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder for the length of a block; the lock ends with the process at the latest.
+
+    Args:
+        folder: an existing folder.
+        what: what writes to it, for the error.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"Another {what} is running in {folder}: wait for it, or name another output.") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -7,14 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
-import shlex
-import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from depthprune import embedded
 from depthprune.commands.influence import write_influence
 from depthprune.data.batches import Batches
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.evaluation.domains import document_loss
-from depthprune.families import Anatomy, architecture_of
-from depthprune.files import make_folder, read_json, whole_file, write_json
+from depthprune.families import Anatomy
+from depthprune.files import make_folder, only_writer, whole_file
 from depthprune.influence.static import STATIC_METRICS, estimate_influence
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
@@ -43,9 +36,9 @@ from depthprune.recovery.closed_form import calibrate
 from depthprune.recovery.rung import Training, train_rung
 from depthprune.report.render import console_table, write_report
 from depthprune.sites import KINDS, PruningPlan, Site
+from depthprune.study_file import StudyFile
 from depthprune.surgery import install_slots, remove_slots, switched
 
-STUDY_VERSION = 1
 PLURALS = {"block": "blocks", "attention": "attentions", "mlp": "mlps"}
 
 
@@ -122,133 +115,63 @@ def study(
     for plan in plans:
         if plan.kind not in KINDS:
             raise unknown_name("kind of site", plan.kind, KINDS)
+    names = [plan.name for plan in plans]
+    if twice := sorted({plan for plan in names if names.count(plan) > 1}):
+        raise ValueError(f"plans holds {', '.join(twice)} more than once: keep one of each.")
+    if not plans:
+        raise ValueError("plans is empty: name at least one, such as {kind: block, remove: 6}.")
     if metric not in STATIC_METRICS:
         raise unknown_name("metric", metric, STATIC_METRICS)
     folder = make_folder(output)
-    results = _Results.open(folder / "study.json", config)
-    if results.get("finished"):
-        print(f"This study is finished: rendering its report anew from {folder}/study.json.")
-        return _finish(results, folder, model)
-    print(
-        f"Study {name}: {len(plans)} plans on {model}, text {text.path}, domains {', '.join(domains) or 'none'}; "
-        f"results go to {output}.",
-        flush=True,
-    )
-    causal_lm, _ = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
-    if any(plan.train for plan in plans):
-        training.check(causal_lm)
-    torch.nn.Module.to(causal_lm, Fabric(accelerator=accelerator, devices=1).device)
-    data = TextDataModule(
-        tokenizer=model,
-        revision=revision,
-        text=text,
-        domains=domains,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        score_sequences=score_sequences,
-        calibration_sequences=calibration_sequences,
-        evaluation_sequences=tune_sequences,
-        test_sequences=test_sequences,
-        sequences=training.steps * training.batch_size,
-        shares=shares,
-        seed=seed,
-    )
-    results.describe(causal_lm, model, data)
-    table = _score(results, causal_lm, data, folder)
-    means = _means(results, causal_lm, data, folder)
-    chosen = {plan.name: table.plan(metric, [plan.kind], plan.remove) for plan in plans}
-    for plan in plans:
-        content = {"kind": plan.kind, "remove": plan.remove, "plan": chosen[plan.name].to_dict()}
-        results.put("plans", plan.name, content)
-        chosen[plan.name].save(folder / "plans" / f"{plan.name}.json")
-    loaders = data.test_dataloader()
-    _evaluate(results, causal_lm, chosen, means, loaders)
-    for plan in plans:
-        if plan.train:
-            _train(results, causal_lm, plan.name, means, data, loaders, training, folder, seed)
-    results.content["finished"] = True
-    results.save()
-    return _finish(results, folder, model)
-
-
-class _Results:
-    """The study's results: sections of named parts, saved whole after each part."""
-
-    def __init__(self, path: Path, content: dict[str, Any]) -> None:
-        self.path = path
-        self.content = content
-
-    @classmethod
-    def open(cls, path: Path, config: dict[str, Any]) -> _Results:
-        """Go on with the results in a file, or start new ones.
-
-        Raises:
-            ValueError: the file is another study's.
-        """
-        if not path.exists():
-            return cls(path, {"depthprune_study": STUDY_VERSION, "name": config["name"], "config": config})
-        content = read_json(path, "a study's results")
-        if not isinstance(content, dict) or content.get("depthprune_study") != STUDY_VERSION:
-            raise ValueError(f"{path} is not a study of this version: remove it, or name another output.")
-        saved = content["config"]
-        differing = sorted(key for key in {*saved, *config} if saved.get(key) != config.get(key))
-        if differing:
-            raise ValueError(
-                f"{path.parent} holds a study with another configuration ({', '.join(differing)} differ): "
-                "name another output, or remove it."
-            )
-        print(f"Going on with the study in {path.parent}.")
-        return cls(path, content)
-
-    def get(self, section: str, part: str | None = None) -> Any:
-        """A section or a part of it; None if it is not there yet."""
-        found = self.content.get(section)
-        return found if part is None or found is None else found.get(part)
-
-    def put(self, section: str, part: str, content: Any) -> None:
-        """Add a part and save."""
-        self.content.setdefault(section, {})[part] = content
-        self.save()
-
-    def save(self) -> None:
-        """Write the file, whole or not at all."""
-        write_json(self.path, self.content)
-
-    def describe(self, causal_lm: PreTrainedModel, name: str, data: TextDataModule) -> None:
-        """Put down what the study stands on."""
-        packages = ("depthprune", "torch", "transformers", "lightning", "datasets")
-        config = self.content["config"]
-        length = config["sequence_length"]
-        self.content.update(
-            command=shlex.join(["depthprune", *sys.argv[1:]]) if Path(sys.argv[0]).stem == "depthprune" else "",
-            versions={"python": platform.python_version(), **{package: version(package) for package in packages}},
-            model={
-                "name": name,
-                "note": embedded.MODELS[name].note if name in embedded.MODELS else None,
-                "architecture": architecture_of(causal_lm.config),
-                "parameters": sum(parameter.numel() for parameter in causal_lm.parameters()),
-                "bos": data.spec.bos is not None,
-            },
-            texts={
-                "text": config["text"]["path"],
-                "domains": list(data.domains),
-                "sequence_length": length,
-                "score_tokens": config["score_sequences"] * length,
-                "calibration_tokens": config["calibration_sequences"] * length,
-            },
+    with only_writer(folder, "study"):
+        results = StudyFile.open(folder / "study.json", config)
+        if results.get("finished"):
+            print(f"This study is finished: rendering its report anew from {folder}/study.json.")
+            _finish(results, folder, model)
+            return
+        print(
+            f"Study {name}: {len(plans)} plans on {model}, text {text.path}, domains {', '.join(domains) or 'none'}; "
+            f"results go to {output}.",
+            flush=True,
         )
-        self.save()
+        causal_lm, _ = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
+        if any(plan.train for plan in plans):
+            training.check(causal_lm)
+        torch.nn.Module.to(causal_lm, Fabric(accelerator=accelerator, devices=1).device)
+        data = TextDataModule(
+            tokenizer=model,
+            revision=revision,
+            text=text,
+            domains=domains,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            score_sequences=score_sequences,
+            calibration_sequences=calibration_sequences,
+            evaluation_sequences=tune_sequences,
+            test_sequences=test_sequences,
+            sequences=training.steps * training.batch_size,
+            shares=shares,
+            seed=seed,
+        )
+        results.describe(causal_lm, model, data)
+        table = _score(results, causal_lm, data, folder)
+        means = _means(results, causal_lm, data, folder)
+        chosen = {plan.name: table.plan(metric, [plan.kind], plan.remove) for plan in plans}
+        for plan in plans:
+            content = {"kind": plan.kind, "remove": plan.remove, "plan": chosen[plan.name].to_dict()}
+            results.put("plans", plan.name, content)
+            chosen[plan.name].save(folder / "plans" / f"{plan.name}.json")
+        loaders = data.test_dataloader()
+        _evaluate(results, causal_lm, chosen, means, loaders)
+        for plan in plans:
+            if plan.train:
+                _train(results, causal_lm, plan.name, means, data, loaders, training, folder, seed)
+        results.content["finished"] = True
+        results.save()
+        _finish(results, folder, model)
 
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the seconds of a block to a stage's."""
-        start = time.monotonic()
-        yield
-        seconds = self.content.setdefault("seconds", {})
-        seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - start, 1)
 
-
-def _score(results: _Results, causal_lm: PreTrainedModel, data: TextDataModule, folder: Path) -> InfluenceTable:
+def _score(results: StudyFile, causal_lm: PreTrainedModel, data: TextDataModule, folder: Path) -> InfluenceTable:
     saved = results.get("influence")
     if saved is not None:
         return InfluenceTable.from_dict(saved, "the study's influence")
@@ -262,7 +185,7 @@ def _score(results: _Results, causal_lm: PreTrainedModel, data: TextDataModule, 
     return table
 
 
-def _means(results: _Results, causal_lm: PreTrainedModel, data: TextDataModule, folder: Path) -> Mapping[Site, Tensor]:
+def _means(results: StudyFile, causal_lm: PreTrainedModel, data: TextDataModule, folder: Path) -> Mapping[Site, Tensor]:
     path = folder / "mean_updates.safetensors"
     if path.exists():
         return {Site.parse(name): mean for name, mean in load_file(path).items()}
@@ -275,7 +198,7 @@ def _means(results: _Results, causal_lm: PreTrainedModel, data: TextDataModule, 
 
 
 def _evaluate(
-    results: _Results,
+    results: StudyFile,
     causal_lm: PreTrainedModel,
     plans: Mapping[str, PruningPlan],
     means: Mapping[Site, Tensor],
@@ -306,7 +229,7 @@ def _losses(causal_lm: PreTrainedModel, loaders: Mapping[str, Batches]) -> dict[
 
 
 def _train(
-    results: _Results,
+    results: StudyFile,
     causal_lm: PreTrainedModel,
     name: str,
     means: Mapping[Site, Tensor],
@@ -328,7 +251,7 @@ def _train(
     results.put("losses", variant, losses)
 
 
-def _finish(results: _Results, folder: Path, model: str) -> None:
+def _finish(results: StudyFile, folder: Path, model: str) -> None:
     report = write_report(results.content, folder)
     Console().print(console_table(results.content))
     print(f"Report: {report}")

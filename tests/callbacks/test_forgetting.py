@@ -108,6 +108,6 @@ def test_the_layout_names_tags_that_are_there(rising: Path) -> None:
 
 @pytest.mark.parametrize("monitor", [ForgettingMonitor, OverfittingMonitor])
 def test_other_modules_are_refused(monitor: type[ForgettingMonitor | OverfittingMonitor]) -> None:
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[monitor()])
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match="works with RecoveryModule"):
-        trainer.fit(LightningModule(), [0])
+        monitor().setup(trainer, LightningModule(), "fit")

@@ -16,7 +16,7 @@ def test_every_validation_is_kept_by_document(fitted: Path) -> None:
         logged = list(found[f"3_domains/{domain}/loss"].values())
         for (step, losses), value in zip(list(history.items())[1:], logged, strict=True):
             nats, tokens = np.array(losses[domain]["nats"]), np.array(losses[domain]["tokens"])
-            assert len(nats) == len(tokens) > 2
+            assert len(nats) == len(tokens) >= 2
             assert abs(nats.sum() / tokens.sum() - value) < 1e-6, (domain, step)
         assert [losses[domain]["tokens"] for losses in history.values()].count(history[0][domain]["tokens"]) == 5
 

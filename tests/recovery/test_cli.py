@@ -137,7 +137,7 @@ def test_validate_gives_the_losses_that_fit_logged(workshop: Workshop, fitted: P
 def test_scoring_with_and_without_a_checkpoint(
     workshop: Workshop, fitted: Path, tmp_path: Path, command: str, checkpoint: bool
 ) -> None:
-    """Without one the emulated update is scored. The reference is the pruned function by hand and transformers' loss."""
+    """Without one the emulated update is scored. The reference is pruned by hand, with transformers' loss."""
     settings = fit_settings(workshop, tmp_path)
     config = write_config(tmp_path / "fit.yaml", settings)
     source = ["--ckpt_path", fitted / LAST] if checkpoint else []

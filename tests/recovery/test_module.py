@@ -180,7 +180,7 @@ def test_a_checkpoint_of_other_replacements_is_refused(fitted: Path, workshop: W
 @pytest.mark.parametrize("settings", [{"replacement": "emulated_update", "options": None}, {"replacement": "none"}])
 def test_nothing_to_train(workshop: Workshop, settings: dict[str, Any]) -> None:
     module = recovery(workshop, **{"options": None, **settings})
-    with pytest.raises(ValueError, match="nothing to train: set model.replacement to low_rank_adapter"):
+    with pytest.raises(ValueError, match="nothing to train: set model"):
         trainer().fit(module, texts(workshop))
     trainer().validate(module, texts(workshop), verbose=False)  # can be scored all the same
 

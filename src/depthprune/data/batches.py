@@ -37,6 +37,11 @@ class Batches:
         """How many documents the sequences come from, in all processes together."""
         return int(self.sequences["documents"].max()) + 1
 
+    @property
+    def token_count(self) -> int:
+        """How many tokens the sequences hold, in all processes together."""
+        return self.sequences["input_ids"].numel()
+
     def __len__(self) -> int:
         """Number of batches, the same in every process."""
         return self._split()[1]

@@ -152,7 +152,7 @@ class DocumentLoss(Metric):
 
     def domain_loss(self) -> DomainLoss:
         """The sums over all batches and processes."""
-        return DomainLoss(**{name: sums.cpu().numpy().copy() for name, sums in self.compute().items()})
+        return DomainLoss(**{name: sums.cpu().reshape(-1).numpy().copy() for name, sums in self.compute().items()})
 
 
 def document_loss(model: PreTrainedModel, batches: Iterable[Batch], documents: int) -> DomainLoss:

@@ -129,7 +129,8 @@ def train_rung(
                 recorder,
                 OverfittingMonitor(),
                 ForgettingMonitor(),
-                ModelCheckpoint(run_folder, save_top_k=0, save_last=True, save_on_train_epoch_end=False),
+                # after every validation; save_last would only follow what save_top_k keeps
+                ModelCheckpoint(run_folder, filename=last.stem, enable_version_counter=False),
             ],
         )
         trainer.fit(module, datamodule=text, ckpt_path=str(last) if last.exists() else None)

@@ -1,0 +1,104 @@
+"""A study's results file, which is saved after every part so that a killed study can go on."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from depthprune import embedded
+from depthprune.data.module import TextDataModule
+from depthprune.families import architecture_of
+from depthprune.files import read_json, write_json
+
+STUDY_VERSION = 1
+
+
+class StudyFile:
+    """A study's results: sections of named parts, saved whole after each part.
+
+    Attributes:
+        path: the JSON file.
+        content: what is in it.
+    """
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        self.path = path
+        self.content = content
+
+    @classmethod
+    def open(cls, path: Path, config: dict[str, Any]) -> StudyFile:
+        """Go on with the results in a file, or start new ones.
+
+        Raises:
+            ValueError: the file is another study's.
+        """
+        if not path.exists():
+            return cls(path, {"depthprune_study": STUDY_VERSION, "name": config["name"], "config": config})
+        content = read_json(path, "a study's results")
+        if not isinstance(content, dict) or content.get("depthprune_study") != STUDY_VERSION:
+            raise ValueError(f"{path} is not a study of this version: remove it, or name another output.")
+        saved = content["config"]
+        differing = sorted(key for key in {*saved, *config} if saved.get(key) != config.get(key))
+        if differing:
+            raise ValueError(
+                f"{path.parent} holds a study with another configuration ({', '.join(differing)} differ): "
+                "name another output, or remove it."
+            )
+        print(f"Going on with the study in {path.parent}.")
+        return cls(path, content)
+
+    def get(self, section: str, part: str | None = None) -> Any:
+        """A section or a part of it; None if it is not there yet."""
+        found = self.content.get(section)
+        return found if part is None or found is None else found.get(part)
+
+    def put(self, section: str, part: str, content: Any) -> None:
+        """Add a part and save."""
+        self.content.setdefault(section, {})[part] = content
+        self.save()
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        write_json(self.path, self.content)
+
+    def describe(self, causal_lm: PreTrainedModel, name: str, data: TextDataModule) -> None:
+        """Put down what the study stands on."""
+        packages = ("depthprune", "torch", "transformers", "lightning", "datasets")
+        config = self.content["config"]
+        length = config["sequence_length"]
+        self.content.update(
+            command=shlex.join(["depthprune", *sys.argv[1:]]) if Path(sys.argv[0]).stem == "depthprune" else "",
+            versions={"python": platform.python_version(), **{package: version(package) for package in packages}},
+            model={
+                "name": name,
+                "note": embedded.MODELS[name].note if name in embedded.MODELS else None,
+                "architecture": architecture_of(causal_lm.config),
+                "parameters": sum(parameter.numel() for parameter in causal_lm.parameters()),
+                "bos": data.spec.bos is not None,
+            },
+            texts={
+                "text": config["text"]["path"],
+                "domains": list(data.domains),
+                "sequence_length": length,
+                "score_tokens": data.score_dataloader().token_count,
+                "calibration_tokens": data.calibration_dataloader().token_count,
+            },
+        )
+        self.save()
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds of a block to a stage's."""
+        start = time.monotonic()
+        yield
+        seconds = self.content.setdefault("seconds", {})
+        seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - start, 1)

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from depthprune.data.module import TextDataModule
+from depthprune.data.text import TextSource
+from depthprune.influence.table import InfluenceTable
+from depthprune.loading import load
+from tests import brute_force
+from tests.command_line import LENGTH, Workshop, files_under, refusal, run
+from tests.tiny_models import BLOCKS
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def command(workshop: Workshop, folder: Path, *more: object) -> list[object]:
+    return [
+        *("influence", "--model", workshop.model, "--text.path", workshop.text, "--output", folder),
+        *("--sequence_length", LENGTH, "--sequences", 6, "--batch_size", 4, "--accelerator", "cpu", *more),
+    ]
+
+
+def test_scores_every_site_and_writes_four_files(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "deep" / "scores"
+    assert run(*command(workshop, folder)) == 0
+    printed = capsys.readouterr()
+    assert "Scoring block, attention, mlp sites" in printed.out
+    assert (
+        f"depthprune prune --model {workshop.model} --influence {folder}/influence.json --metric cosine" in printed.out
+    )
+    assert "2/2" in printed.err, "a progress bar over the batches"
+    table = InfluenceTable.load(folder / "influence.json")
+    assert len(table.sites) == 3 * BLOCKS
+    assert table.provenance["tokens"] == 6 * LENGTH
+    text = TextDataModule(
+        str(workshop.model), TextSource(str(workshop.text)), sequence_length=LENGTH, batch_size=4, score_sequences=6
+    )
+    model = load(workshop.model)[0]
+    pairs: dict[str, list[Any]] = {}
+    for batch in text.score_dataloader():
+        for site, (before, after) in brute_force.streams(model, batch).items():
+            pairs.setdefault(site, []).append((before.double(), after.double()))
+    for site, parts in pairs.items():
+        before, after = (torch.cat([part[side] for part in parts]) for side in (0, 1))
+        cosine = 1 - torch.nn.functional.cosine_similarity(before, after)
+        assert table["cosine"][site] == pytest.approx(float(cosine.mean()), rel=1e-4)
+        relative = (after - before).norm(dim=-1) / after.norm(dim=-1)
+        assert table["relative_l2"][site] == pytest.approx(float(relative.mean()), rel=1e-4)
+    rows = list(csv.DictReader((folder / "influence.csv").open()))
+    assert [row["site"] for row in rows] == [str(site) for site in table.sites]
+    assert float(rows[4]["l1"]) == pytest.approx(table["l1"][rows[4]["site"]])
+    assert (folder / "influence.png").read_bytes().startswith(b"\x89PNG")
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["images"] == ["influence by depth"]
+
+
+def test_takes_what_is_asked_for(workshop: Workshop, tmp_path: Path) -> None:
+    flags = ["--metrics", "[relative_l1]", "--kinds", "[mlp]", "--denominator", "input", "--leave_out_massive", "true"]
+    assert run(*command(workshop, tmp_path, *flags)) == 0
+    table = InfluenceTable.load(tmp_path / "influence.json")
+    assert table.metrics == ("relative_l1",)
+    assert {site.kind for site in table.sites} == {"mlp"}
+    assert (table.provenance["denominator"], table.provenance["massive_tokens_left_out"]) == ("input", True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--metrics", "[cosin]"], "Unknown metric 'cosin'. Did you mean 'cosine'?"),
+        (["--kinds", "[blok]"], "Unknown kind of site 'blok'. Did you mean 'block'?"),
+        (["--denominator", "inptu"], "Unknown denominator 'inptu'. Did you mean 'input'?"),
+        (["--model", "smollm2-135m"], "Did you mean 'smollm2-135m-instruct-q4'?"),
+        (["--text.path", "pubmed"], "Did you mean 'pubmedqa'?"),
+        (["--text.path", "absent.jsonl"], "Unknown text"),
+        (["--text.column", "txt"], "Did you mean 'text'?"),
+        (["--sequence_length", 4000], "less than one sequence of 4000"),
+        (["--dtype", "float33"], "Unknown dtype 'float33'"),
+        (["--shares", "{score: 0.5, fit: 0.6, tune: 0, test: 0}"], "must be 0 or more and sum to 1"),
+        (["--sequences", "few"], "sequences"),
+        (["--layers", 3], "unrecognized arguments: --layers 3"),
+    ],
+)
+def test_refusals_leave_earlier_results(workshop: Workshop, tmp_path: Path, flags: list[object], message: str) -> None:
+    (tmp_path / "influence.json").write_text("earlier")
+    assert message in refusal(*command(workshop, tmp_path, *flags))
+    assert [path.read_text() for path in files_under(tmp_path)] == ["earlier"]
+
+
+def test_an_output_below_a_file(workshop: Workshop, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    sentence = refusal(*command(workshop, tmp_path / "file" / "scores"))
+    assert "Cannot write" in sentence
+    assert "name another place" in sentence
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_to(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK or Path(path) != tmp_path)  # root may write
+    assert f"Cannot write to the folder {tmp_path}: name another one" in refusal(*command(workshop, tmp_path))
+
+
+def test_a_full_disk_keeps_earlier_results(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(*command(workshop, tmp_path)) == 0
+    before = {path: path.read_bytes() for path in files_under(tmp_path)}
+    write = Path.write_text
+
+    def full(self: Path, *args: Any, **options: Any) -> int:
+        if "influence.json" in self.name:
+            write(self, "half of i")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, *args, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    sentence = refusal(*command(workshop, tmp_path, "--sequences", 4))
+    assert f"Cannot write {tmp_path / 'influence.json'}: No space left on device. Free some space" in sentence
+    assert {path: path.read_bytes() for path in files_under(tmp_path)} == before
+    assert json.loads((tmp_path / "influence.json").read_text())["provenance"]["tokens"] == 6 * LENGTH

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from depthprune.data.module import TextDataModule
+from depthprune.data.text import TextSource
+from depthprune.loading import load, save
+from depthprune.sites import PruningPlan
+from tests import brute_force
+from tests.brute_force import NOTHING
+from tests.command_line import LENGTH, STEPS, Workshop, files_under, refusal, run
+from tests.tiny_models import BLOCKS, tiny_batch, tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def scores(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scores")
+    flags = ["--sequence_length", LENGTH, "--sequences", 4, "--accelerator", "cpu"]
+    assert run("influence", "--model", workshop.model, "--text.path", workshop.text, "--output", folder, *flags) == 0
+    return folder / "influence.json"
+
+
+def command(workshop: Workshop, folder: Path, *more: object) -> list[object]:
+    return [
+        *("prune", "--model", workshop.model, "--output", folder, "--text.path", workshop.text),
+        *("--sequence_length", LENGTH, "--sequences", 4, *more),
+    ]
+
+
+def test_blocks_by_influence_make_a_plain_folder(
+    workshop: Workshop, scores: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "pruned"
+    assert run(*command(workshop, folder, "--influence", scores, "--metric", "relative_l2", "--remove", 2)) == 0
+    printed = capsys.readouterr().out
+    assert "open it with AutoModelForCausalLM.from_pretrained" in printed
+    assert f"--model.plan {folder}/plan.json" in printed
+    plan = PruningPlan.load(folder / "plan.json")
+    assert len(plan.sites) == 2
+    assert plan.provenance["metric"] == "relative_l2"
+    pruned = AutoModelForCausalLM.from_pretrained(folder)
+    assert pruned.config.num_hidden_layers == BLOCKS - 2
+    original = load(workshop.model)[0]
+    reference = brute_force.without(original, {str(site): NOTHING for site in plan.sites})
+    got = brute_force.plain_logits(pruned, tiny_batch())
+    torch.testing.assert_close(got, brute_force.plain_logits(reference, tiny_batch()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [None, "{scale: 0.5}"])
+def test_named_sites_with_the_emulated_update(workshop: Workshop, tmp_path: Path, options: str | None) -> None:
+    sites, folder = ("attention.1", "block.3", "mlp.4"), tmp_path / "pruned"
+    flags = ["--sites", f"[{','.join(sites)}]", "--replacement", "emulated_update"]
+    assert run(*command(workshop, folder, *flags, *(["--options", options] if options else []))) == 0
+    text = TextDataModule(
+        str(workshop.model), TextSource(str(workshop.text)), sequence_length=LENGTH, calibration_sequences=4
+    )
+    original = load(workshop.model)[0]
+    means = brute_force.mean_updates(original, text.calibration_dataloader())
+    scale = 0.5 if options else 1.0
+    reference = brute_force.without(original, {site: brute_force.constant(scale * means[site]) for site in sites})
+    got = brute_force.plain_logits(load(folder)[0], tiny_batch())
+    torch.testing.assert_close(got, brute_force.plain_logits(reference, tiny_batch()), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="depthprune"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_plan_only(workshop: Workshop, scores: Path, tmp_path: Path) -> None:
+    flags = ["--influence", scores, "--kinds", "[attention]", "--remove", 3, "--plan_only", "true"]
+    assert run(*command(workshop, tmp_path, *flags)) == 0
+    assert [path.name for path in files_under(tmp_path)] == ["plan.json"]
+    assert [site.kind for site in PruningPlan.load(tmp_path / "plan.json").sites] == ["attention"] * 3
+
+
+def test_a_plan_from_a_file_and_a_second_pruning(workshop: Workshop, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    PruningPlan.of("block.2").save(tmp_path / "plan.json")
+    assert run(*command(workshop, first, "--plan", tmp_path / "plan.json")) == 0
+    assert run("prune", "--model", first, "--output", second, "--sites", "[block.4]") == 0
+    assert [str(site) for site in PruningPlan.load(second / "plan.json").sites] == ["block.2", "block.4"]
+    assert "block.2" in refusal("prune", "--model", first, "--output", tmp_path / "third", "--sites", "[block.2]")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "Name the plan's source once: influence, sites, plan or checkpoint; given: none"),
+        (["--sites", "[block.1]", "--plan", "x"], "given: sites, plan"),
+        (["--sites", "[blok.1]"], "Unknown kind of site 'blok'. Did you mean 'block'?"),
+        (["--sites", "[block]"], "'block' is not a site: write block.12"),
+        (["--sites", "[block.6]"], "The model has no block.6: its blocks are 0 to 5"),
+        (["--sites", "[block.1, mlp.1]"], "overlaps block.1"),
+        (["--sites", f"[{','.join(f'block.{i}' for i in range(BLOCKS))}]"], "all 6 blocks of the model are gone"),
+        (["--sites", "[block.1]", "--replacement", "adapter"], "Did you mean 'low_rank_adapter'?"),
+        (["--sites", "[block.1]", "--options", "{rank: 2}"], "takes no options"),
+        (["--influence", "SCORES"], "Say how many sites to remove: --remove N"),
+        (["--influence", "SCORES", "--remove", 2, "--metric", "cosin"], "Did you mean 'cosine'?"),
+        (["--influence", "SCORES", "--remove", 7], "Cannot remove 7 of 6 block sites: choose fewer"),
+        (["--influence", "SCORES", "--remove", 6], "all 6 blocks of the model are gone"),
+        (["--influence", "absent.json", "--remove", 1], "Cannot read an influence table from absent.json"),
+        (["--plan", "SCORES"], "is not a pruning plan"),
+        (["--checkpoint", "SCORES"], "Cannot read the checkpoint"),
+        (["--checkpoint", "absent.ckpt"], "Cannot read the checkpoint absent.ckpt"),
+        (["--sites", "[block.1]", "--text.path", "nowhere", "--replacement", "emulated_update"], "Unknown text"),
+    ],
+)
+def test_refusals_write_nothing(
+    workshop: Workshop, scores: Path, tmp_path: Path, flags: list[object], message: str
+) -> None:
+    folder = tmp_path / "pruned"
+    more = [scores if flag == "SCORES" else flag for flag in flags]
+    assert message in refusal(*command(workshop, folder, *more))
+    assert not folder.exists()
+    assert not list(files_under(tmp_path))
+
+
+def test_a_folder_with_something_in_it_is_left_alone(workshop: Workshop, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    assert "is not empty: remove it, or name another one" in refusal(
+        *command(workshop, tmp_path, "--sites", "[block.1]")
+    )
+    assert [path.name for path in files_under(tmp_path)] == ["mine"]
+
+
+def test_plans_and_checkpoints_for_another_model(
+    workshop: Workshop, fitted: Path, scores: Path, tmp_path: Path
+) -> None:
+    tokenizer = load(workshop.model)[1]
+    deeper, narrow = tmp_path / "deeper", tmp_path / "narrow"
+    save(tiny_model(vocab_size=320, num_hidden_layers=BLOCKS + 2), tokenizer, deeper)
+    save(tiny_model(vocab_size=320, hidden_size=16), tokenizer, narrow)
+    checkpoint = fitted / "validated" / f"step={STEPS}.ckpt"
+    for model, what in ((deeper, "num_hidden_layers is 6 in the plan and 8"), (narrow, "hidden_size is 32")):
+        for source in (["--checkpoint", checkpoint], ["--influence", scores, "--remove", 1]):
+            sentence = refusal("prune", "--model", model, "--output", tmp_path / "pruned", *source)
+            assert "The plan is for another model" in sentence
+            assert what in sentence
+    assert not (tmp_path / "pruned").exists()
