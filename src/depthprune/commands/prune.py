@@ -92,6 +92,8 @@ def prune(
     else:
         chosen = PruningPlan.of(*(sites or ()), replacement=replacement, **(options or {}))
         chosen = PruningPlan(chosen.removals, unpruned_fingerprint(causal_lm), {"by": "hand"})
+    if not chosen.sites:
+        raise ValueError("The plan removes nothing: name at least one site, such as block.12.")
     check_plan(causal_lm, chosen)
     print(f"Removing {', '.join(map(str, chosen.sites))} from {model}.", flush=True)
     if plan_only:
