@@ -74,5 +74,5 @@ def test_fit(workshop: Workshop, tmp_path: Path) -> None:
             other = recorded(two)[step][domain]
             assert other["tokens"] == sums["tokens"], "each sequence counts once"
             assert mean_loss(other) == pytest.approx(mean_loss(sums), abs=1e-5)
-    for tag in ("1_overfitting/gap_growth_since_start", "3_domains/other/minus_unpruned", "3_domains/news/loss"):
+    for tag in ("1_overfitting/gap_growth", "3_domains/other/minus_unpruned", "3_domains/news/loss"):
         assert logged[2][tag] == pytest.approx(logged[1][tag], abs=1e-5), tag

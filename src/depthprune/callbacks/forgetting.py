@@ -60,7 +60,7 @@ class ForgettingMonitor(Callback):
     def _figures(self, losses: Mapping[str, DomainLoss]) -> dict[str, float]:
         figures = {}
         for domain, loss in losses.items():
-            figures[f"2_forgetting/{domain}_above_its_lowest_loss"] = loss.loss - self.lowest[domain]
+            figures[f"2_forgetting/{domain}"] = loss.loss - self.lowest[domain]
             for name, baseline in self.baselines.items():
                 figures[f"3_domains/{domain}/minus_{name}"] = loss.loss - baseline[domain]
         return figures
@@ -93,17 +93,17 @@ def add_layout(trainer: Trainer, domains: list[str]) -> None:
         "1 overfitting": {
             "validation against training documents": [
                 "Multiline",
-                ["1_overfitting/validation_loss", "1_overfitting/training_documents_loss"],
+                ["1_overfitting/val_loss", "1_overfitting/train_loss"],
             ],
             "rise of validation over training loss since the start": [
                 "Multiline",
-                ["1_overfitting/gap_growth_since_start"],
+                ["1_overfitting/gap_growth"],
             ],
         },
         "2 forgetting": {
             "loss above its lowest so far": [
                 "Multiline",
-                [f"2_forgetting/{domain}_above_its_lowest_loss" for domain in domains],
+                [f"2_forgetting/{domain}" for domain in domains],
             ],
             "loss above the emulated update": [
                 "Multiline",

@@ -48,11 +48,10 @@ class OverfittingMonitor(Callback):
         training, validation = losses["train"].loss, losses[self._domain(losses)].loss
         self.start = self.start or {"training": training, "validation": validation}
         return {
-            "1_overfitting/training_documents_loss": training,
-            "1_overfitting/validation_loss": validation,
-            "1_overfitting/validation_minus_training_loss": validation - training,
-            "1_overfitting/gap_growth_since_start": (validation - self.start["validation"])
-            - (training - self.start["training"]),
+            "1_overfitting/train_loss": training,
+            "1_overfitting/val_loss": validation,
+            "1_overfitting/gap": validation - training,
+            "1_overfitting/gap_growth": (validation - self.start["validation"]) - (training - self.start["training"]),
         }
 
     def _domain(self, names: Any) -> str:
