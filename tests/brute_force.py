@@ -13,36 +13,80 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from tests.tiny_models import tiny_batch, tokens
+from tests.tiny_models import ARCHITECTURES, MIXTURES, tiny_batch, tokens
 
 Update = Callable[[Tensor], Tensor]
 NOTHING: Update = torch.zeros_like
 
 
+def exact_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy in float64, where transformers can do with it."""
+    exact = copy.deepcopy(model)
+    if model.config.model_type == "gemma2":  # its softmax is in fp32, where the mask of float64 overflows to NaN
+        return exact
+    if model.config.model_type in MIXTURES:
+        exact.set_experts_implementation("eager")  # the default's grouped product knows no float64
+    return exact.double()
+
+
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of blocks."""
+    found = model.get_submodule(ARCHITECTURES[model.config.model_type].blocks)
+    assert isinstance(found, nn.ModuleList)
+    return found
+
+
 def part(model: PreTrainedModel, name: str) -> nn.Module:
-    """The module of a site by name."""
+    """The module of a site by name; of an MLP that is several modules, the first."""
     kind, index = name.split(".")
-    block = model.model.layers[int(index)]
-    return {"block": block, "attention": block.self_attn, "mlp": block.mlp}[kind]
+    block, here = blocks_of(model)[int(index)], ARCHITECTURES[model.config.model_type]
+    return block if kind == "block" else block.get_submodule(here.attention if kind == "attention" else here.mlp[0])
+
+
+def state_prefixes(model: PreTrainedModel, name: str) -> list[str]:
+    """How the state-dict keys of a site begin."""
+    here, (kind, index) = ARCHITECTURES[model.config.model_type], name.split(".")
+    names = {
+        "block": ("",),
+        "attention": (here.attention, here.attention_norm),
+        "mlp": (*here.mlp, here.mlp_norm),
+    }[kind]
+    return [".".join(filter(None, (here.blocks, index, part))) + "." for part in names if part is not None]
 
 
 def without(model: PreTrainedModel, removed: Mapping[str, Update]) -> PreTrainedModel:
     """A copy of a model in which sites add a given update, a function of what they read, and nothing else."""
-
-    def block_forward(update: Update) -> Any:
-        return lambda hidden_states, *args, **kwargs: hidden_states + update(hidden_states)
-
-    def attention_forward(update: Update) -> Any:
-        return lambda hidden_states, *args, **kwargs: (update(hidden_states), None)
-
-    def mlp_forward(update: Update) -> Any:
-        return update
-
-    wrap = {"block": block_forward, "attention": attention_forward, "mlp": mlp_forward}
     reference = copy.deepcopy(model)
     for name, update in removed.items():
-        part(reference, name).forward = wrap[name.split(".")[0]](update)
+        kind, index = name.split(".")
+        put_in_place(reference, blocks_of(reference)[int(index)], kind, update)
     return reference
+
+
+def put_in_place(model: PreTrainedModel, block: nn.Module, kind: str, update: Update) -> Callable[[], None]:
+    """Give a block, its attention or its MLP an update of one's own; what to call to undo it."""
+    here = ARCHITECTURES[model.config.model_type]
+    if kind == "block":
+        new: dict[str, Any] = {"": lambda hidden_states, *args, **kwargs: hidden_states + update(hidden_states)}
+    elif kind == "attention":
+        new = {here.attention: lambda hidden_states, *args, **kwargs: (update(hidden_states), None)}
+        new |= {here.attention_norm: lambda stream: stream} if here.attention_norm else {}
+    else:
+        new = {name: lambda stream: stream for name in here.mlp[1:]}
+        new |= {here.mlp[0]: update}
+        new |= {here.mlp_norm: lambda stream: stream} if here.mlp_norm else {}
+    modules = {block.get_submodule(name): forward for name, forward in new.items()}
+    before = {module: vars(module).pop("forward", None) for module in modules}
+    for module, forward in modules.items():
+        module.forward = forward
+
+    def undo() -> None:
+        for module, forward in before.items():
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+    return undo
 
 
 def constant(vector: Tensor) -> Update:
@@ -51,35 +95,48 @@ def constant(vector: Tensor) -> Update:
 
 
 def streams(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The stream before and after every site, each ``(N, D)`` without padding, by hooks on blocks and norms."""
-    seen: dict[str, Tensor] = {}
+    """The stream before and after every site, each ``(N, D)`` without padding.
+
+    Blocks are seen by hooks, and so is the stream between attention and MLP, at the module that reads it. Where both
+    read the same stream, the block is run again with nothing in the other's place.
+    """
+    here = ARCHITECTURES[model.config.model_type]
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    middle: dict[int, Tensor] = {}
     handles = []
 
-    def keep(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
-            seen[name] = (args[0] if args else kwargs["hidden_states"]) if output is None else output
+    def see_middle(index: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            stream = args[0] if args else kwargs["hidden_states"]
+            middle[index] = stream.view(*mask.shape, -1)[mask]
 
         return hook
 
-    for index, block in enumerate(model.model.layers):
-        handles.append(block.register_forward_pre_hook(keep(f"{index} start"), with_kwargs=True))
-        middle = block.post_attention_layernorm  # it reads the stream between attention and MLP
-        handles.append(middle.register_forward_pre_hook(keep(f"{index} middle"), with_kwargs=True))
-        handles.append(block.register_forward_hook(keep(f"{index} end"), with_kwargs=True))
+    def see_block(index: int) -> Any:
+        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            start, end = (args[0] if args else kwargs["hidden_states"])[mask], output[mask]
+            found[f"block.{index}"] = (start, end)
+            if here.middle is None:
+                for kind, other in (("attention", "mlp"), ("mlp", "attention")):
+                    undo = put_in_place(model, block, other, NOTHING)
+                    found[f"{kind}.{index}"] = (start, type(block).forward(block, *args, **kwargs)[mask])
+                    undo()
+            elif index in middle:
+                found[f"attention.{index}"] = (start, middle[index])
+                found[f"mlp.{index}"] = (middle[index], end)
+
+        return hook
+
+    for index, block in enumerate(blocks_of(model)):
+        if here.middle is not None:
+            module = block.get_submodule(here.middle)
+            handles.append(module.register_forward_pre_hook(see_middle(index), with_kwargs=True))
+        handles.append(block.register_forward_hook(see_block(index), with_kwargs=True))
     with torch.no_grad():
-        model(**batch)
+        model(**batch, use_cache=False)
     for handle in handles:
         handle.remove()
-    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-    found = {}
-    for index in range(len(model.model.layers)):
-        start, end = seen[f"{index} start"][mask], seen[f"{index} end"][mask]
-        found[f"block.{index}"] = (start, end)
-        if f"{index} middle" in seen:
-            middle_stream = seen[f"{index} middle"][mask]
-            found[f"attention.{index}"] = (start, middle_stream)
-            found[f"mlp.{index}"] = (middle_stream, end)
-        seen.pop(f"{index} middle", None)
     return found
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BitsAndBytesConfig, BloomConfig, BloomForCausalLM
 
 from depthprune.families import (
     FAMILIES,
@@ -15,10 +17,11 @@ from depthprune.families import (
     pruning_record,
     unpruned_fingerprint,
 )
+from depthprune.influence.static import estimate_influence
 from depthprune.pruning import prune, swapped
 from depthprune.sites import PruningPlan, Site
 from tests import tiny_models
-from tests.brute_force import part
+from tests.brute_force import blocks_of, part
 from tests.tiny_models import BLOCKS, WIDTH, calibration, tiny_model
 
 
@@ -27,10 +30,40 @@ def test_every_model_type_has_a_tiny_model() -> None:
 
 
 def test_unknown_model_types_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"does not know the model type 'gpt2'\. Known: llama, mistral, qwen2"):
-        family_of("gpt2")
-    with pytest.raises(ValueError, match="gpt2"):
-        Anatomy.of(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=11)))
+    with pytest.raises(ValueError, match=r"does not know the model type 'bloom'\. Known: cohere, gemma2, .*add a row"):
+        family_of("bloom")
+    with pytest.raises(ValueError, match="bloom"):
+        Anatomy.of(BloomForCausalLM(BloomConfig(n_layer=1, hidden_size=8, n_head=1, vocab_size=11)))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "why"),
+    [
+        ("opt", {"do_layer_norm_before": False}, "its norms stand on the stream itself"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "its attentions depend on their block's number"),
+        ("gpt2", {"add_cross_attention": True}, "its blocks read from an encoder"),
+    ],
+)
+def test_variants_that_surgery_cannot_do_are_refused(family: str, options: dict[str, bool], why: str) -> None:
+    model = tiny_model(family, **options)
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name}=.*{why}.*take another model of this type"):
+        prune(model, PruningPlan.of("block.1"))
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "method"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        (BitsAndBytesConfig(load_in_8bit=True), "bitsandbytes"),
+        ({"bits": 4}, "by an unknown method"),
+    ],
+)
+def test_quantised_models_in_memory_are_refused(quantisation: Any, method: str) -> None:
+    model = tiny_model()
+    model.config.quantization_config = quantisation
+    with pytest.raises(ValueError, match=rf"is quantised \({method}\).*name its full weights"):
+        estimate_influence(model, calibration())
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
@@ -38,8 +71,8 @@ def test_anatomy_of_an_unpruned_model(family: str) -> None:
     model = tiny_model(family)
     anatomy = Anatomy.of(model)
     assert isinstance(anatomy.blocks, nn.ModuleList)
-    assert anatomy.blocks is model.model.layers
-    assert anatomy.final_norm is model.model.norm
+    assert anatomy.blocks is blocks_of(model)
+    assert anatomy.final_norm is model.get_submodule(tiny_models.ARCHITECTURES[family].norm)
     assert (anatomy.block_count, anatomy.hidden_size, anatomy.kept_blocks) == (BLOCKS, WIDTH, tuple(range(BLOCKS)))
     assert len(anatomy.sites()) == 3 * BLOCKS
     assert [str(site) for site in anatomy.sites(("mlp",))] == [f"mlp.{index}" for index in range(BLOCKS)]

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from depthprune import head
 from depthprune.head import hidden_states, on_device, predicted_mask, token_losses
+from tests.brute_force import exact_copy
 from tests.tiny_models import FAMILIES, tiny_batch, tiny_model
 
 
 def exact_losses(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Cross-entropy of next tokens ``(B, T - 1)`` from a model's logits in float64."""
-    logits = model(**batch).logits[:, :-1].log_softmax(-1)
+    logits = model(**batch).logits[:, :-1].double().log_softmax(-1)
     return -logits.gather(2, batch["input_ids"][:, 1:, None])[..., 0]
 
 
@@ -25,13 +26,13 @@ def test_losses_equal_those_of_the_whole_model(family: str, pad: str | None, mon
     model, batch = tiny_model(family), tiny_batch(pad)
     monkeypatch.setattr(head, "CHUNK", 7)  # does not divide 3 x 11
     with torch.no_grad():
-        exact, losses = exact_losses(copy.deepcopy(model).double(), batch), token_losses(model, batch)
+        exact, losses = exact_losses(exact_copy(model), batch), token_losses(model, batch)
         assert torch.equal(token_losses(model, batch, hidden_states(model, batch)), losses)
         last = model(**batch, output_hidden_states=True).hidden_states[-1]
     keep = predicted_mask(batch)
     assert losses.shape == keep.shape == (3, 11)
     assert losses.dtype == torch.float32
-    torch.testing.assert_close(losses[keep].double(), exact[keep], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses[keep].double(), exact[keep].double(), rtol=1e-5, atol=1e-5)
     assert torch.equal(hidden_states(model, batch), last)
     if pad is None:
         torch.testing.assert_close(losses.mean(), model(**batch, labels=batch["input_ids"]).loss)
@@ -63,7 +64,7 @@ def test_head_in_bf16_gives_fp32_losses() -> None:
     with torch.no_grad():
         losses = token_losses(model, batch)
     assert losses.dtype == torch.float32
-    torch.testing.assert_close(losses, exact_losses(copy.deepcopy(model).float(), batch), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(losses, exact_losses(copy.deepcopy(model).float(), batch).float(), rtol=0.1, atol=0.1)
 
 
 def test_which_predictions_count() -> None:

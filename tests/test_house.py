@@ -12,12 +12,13 @@ LONGEST = 350  # lines
 
 # Each room imports only rooms of earlier rows; rooms in one row do not know each other.
 LAYERS = [
-    {"names", "memory", "files", "progress", "wheels", "head", "data.groups", "data.roles", "data.batches"},
-    {"sites", "replacements", "embedded", "evaluation.domains", "recovery.checkpoints", "recovery.objectives"},
-    {"families", "data.text", "plotting"},
-    {"surgery", "moments", "data.packing"},
-    {"loading", "data.streaming", "influence.table", "recovery.closed_form"},
-    {"data.module", "influence.static", "pruning", "recovery.module"},
+    {"names", "memory", "files", "progress", "wheels", "data.groups", "data.roles", "data.batches"},
+    {"sites", "replacements", "embedded", "recovery.checkpoints"},
+    {"families", "data.text"},
+    {"surgery", "head", "data.packing"},
+    {"loading", "moments", "data.streaming", "influence.table", "evaluation.domains", "recovery.objectives"},
+    {"data.module", "influence.static", "recovery.closed_form", "plotting"},
+    {"pruning", "recovery.module"},
     {"recovery.cli", "callbacks.forgetting", "callbacks.recorder"},
     {"callbacks.overfitting"},
     {"recovery.rung"},

@@ -9,16 +9,15 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    LlamaForCausalLM,
-    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2ForCausalLM,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from depthprune import loading, surgery
 from depthprune.families import Anatomy, unpruned_fingerprint
@@ -26,10 +25,12 @@ from depthprune.loading import load, save
 from depthprune.pruning import prune, swapped
 from depthprune.sites import PruningPlan, Removal, Site
 from tests import plans
-from tests.brute_force import NOTHING, Expected, constant, mean_updates, plain_logits, without
-from tests.tiny_models import FAMILIES, calibration, fill_adapters, tiny_batch, tiny_model
+from tests.brute_force import NOTHING, Expected, constant, difference, mean_updates, plain_logits, without
+from tests.tiny_models import FAMILIES, MIXTURES, calibration, fill_adapters, tiny_batch, tiny_model
 
-OWN_CLASS: dict[str, Any] = {"llama": LlamaForCausalLM, "mistral": MistralForCausalLM, "qwen2": Qwen2ForCausalLM}
+OWN_CLASS: dict[str, Any] = {
+    family: getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]) for family in FAMILIES
+}
 
 
 def model_type(folder: Path) -> str:
@@ -58,7 +59,9 @@ def test_reloaded_models_equal_the_reference(
     folder = save(model, tiny_tokenizer, tmp_path / "pruned")
     again, tokenizer = load(folder)
     expected.check(again)
-    assert torch.equal(plain_logits(again, tiny_batch("left")), plain_logits(model, tiny_batch("left")))
+    gap = difference(plain_logits(again, tiny_batch("left")), plain_logits(model, tiny_batch("left")))
+    # the grouped product over experts adds up in an order that depends on where its tensors lie in memory
+    assert gap <= (1e-6 if family in MIXTURES else 0.0)
     assert again.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(again.state_dict()[key], value) for key, value in model.state_dict().items())
     assert not again.training
@@ -69,7 +72,8 @@ def test_reloaded_models_equal_the_reference(
         assert model_type(folder) == family
         plain = AutoModelForCausalLM.from_pretrained(folder)
         assert type(plain) is OWN_CLASS[family]
-        assert torch.equal(plain_logits(plain, tiny_batch("left")), plain_logits(model, tiny_batch("left")))
+        gap = difference(plain_logits(plain, tiny_batch("left")), plain_logits(model, tiny_batch("left")))
+        assert gap <= (1e-6 if family in MIXTURES else 0.0)
         Expected(plain).check(again)
     else:
         assert model_type(folder) == "depthprune"

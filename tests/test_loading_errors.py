@@ -47,8 +47,8 @@ def test_folders_without_a_model(tmp_path: Path) -> None:
 
 
 def test_other_families_and_quantised_models(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ValueError, match=r"does not know the model type 'gpt2'\. Known: llama"):
+    (tmp_path / "config.json").write_text('{"model_type": "bloom"}')
+    with pytest.raises(ValueError, match=r"does not know the model type 'bloom'\. Known: cohere"):
         load(tmp_path)
     config = {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}
     (tmp_path / "config.json").write_text(json.dumps(config))

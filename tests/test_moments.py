@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor
@@ -43,7 +41,7 @@ def test_observations_are_the_model_s_own_stream(family: str, dtype: torch.dtype
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mean_updates(family: str, kinds: tuple[str, ...]) -> None:
     model = tiny_model(family)
-    wanted = brute_force.mean_updates(copy.deepcopy(model).double(), calibration())
+    wanted = brute_force.mean_updates(brute_force.exact_copy(model), calibration())
     sites = Anatomy.of(model).sites(kinds)
     means = mean_updates(model, calibration(), sites)
     assert set(means) == set(sites)

@@ -23,7 +23,7 @@ from depthprune.sites import PruningPlan
 from tests import plans
 from tests.brute_force import difference, mean_updates, plain_logits, without
 from tests.test_surgery import assert_same, snapshot
-from tests.tiny_models import FAMILIES, calibration, fill_adapters, tiny_batch, tiny_model
+from tests.tiny_models import FAMILIES, attentions, calibration, fill_adapters, tiny_batch, tiny_model
 
 PLAN = plans.make_plan("mixed", "low_rank_adapter")
 
@@ -105,8 +105,9 @@ def loss_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("for_good", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "attention"), [(family, name) for family in FAMILIES for name in attentions(family)]
+)
 def test_gradients_of_adapters(family: str, attention: str, checkpointing: bool, for_good: bool) -> None:
     sites, batch, text = "mixed", tiny_batch("right"), calibration()
     model = tiny_model(family, attn_implementation=attention)

@@ -15,7 +15,17 @@ from depthprune.families import Anatomy
 from depthprune.pruning import prune, swapped
 from depthprune.sites import PruningPlan, Removal, Site
 from tests import plans
-from tests.brute_force import NOTHING, Expected, constant, difference, mean_updates, part, plain_logits, without
+from tests.brute_force import (
+    NOTHING,
+    Expected,
+    constant,
+    difference,
+    mean_updates,
+    part,
+    plain_logits,
+    state_prefixes,
+    without,
+)
 from tests.tiny_models import BLOCKS, FAMILIES, calibration, fill_adapters, tiny_batch, tiny_model
 
 
@@ -58,13 +68,10 @@ def test_swapped_and_removed_models_equal_the_reference(family: str, sites: str,
     expected.check(model)
     assert not surgery.open_slots(model)
     assert len(surgery.replacement_state(model)) == len(replacements)
-    kept = set(before["state"])
-    for name in plans.SITES[sites]:
-        prefix = {"block": "", "attention": ".self_attn", "mlp": ".mlp"}[name.split(".")[0]]
-        kept = {key for key in kept if not key.startswith(f"model.layers.{name.split('.')[1]}{prefix}.")}
-    # a block that leaves the list takes its two norms along, also when its attention and MLP went one by one
-    leaves = {5} if sites == "halves" and replacement == "none" else set()
-    kept = {key for key in kept if not any(key.startswith(f"model.layers.{index}.") for index in leaves)}
+    # a block that leaves the list takes its norms along, also when its attention and MLP went one by one
+    leaves = ("block.5",) if sites == "halves" and replacement == "none" else ()
+    gone = [prefix for name in (*plans.SITES[sites], *leaves) for prefix in state_prefixes(original, name)]
+    kept = [key for key in before["state"] if not key.startswith(tuple(gone))]
     assert len(surgery.base_state(model)) == len(kept)
 
 

@@ -6,43 +6,112 @@ To add a family, add a row to :data:`FAMILIES` and its ``model_type`` to the tes
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from depthprune.sites import KINDS, Fingerprint, PruningPlan, Site
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A value of the config that surgery relies on; a model with another one is refused.
+
+    Attributes:
+        name: of the config's entry.
+        value: what it has to be.
+        why: half a sentence for the error.
+    """
+
+    name: str
+    value: object
+    why: str
 
 
 @dataclass(frozen=True)
 class Family:
     """Where a family of models has its parts. Paths of blocks and norm start at ``model.get_decoder()``.
 
+    An attention or MLP is a chain of modules inside a block, each feeding the next: the first one gets what the site
+    reads, and the output of the last one is the site's update. A norm behind the module belongs to its chain.
+
     Attributes:
         model_types: values of ``config.model_type`` that share this row.
         blocks: the list of blocks.
         final_norm: the norm after the last block.
-        attention: the attention inside a block.
-        mlp: the MLP inside a block.
-        residual: how updates reach the stream. ``"sequential"``: the attention's update is added before the MLP reads,
-            and both modules' outputs are what is added.
+        attention: the chain of the attention.
+        mlp: the chain of the MLP.
+        parallel: whether attention and MLP read the same stream, or the name of the config's entry that says so;
+            otherwise the attention's update is added before the MLP reads.
         cache_argument: the name under which block and attention get the cache.
         per_layer_lists: lists in the config that have one entry per block.
+        sparse_step: the config's entry by which every so-manieth MLP is a mixture of experts, if it has one.
+        dense_list: the config's list of blocks whose MLP is none all the same.
+        logit_scale: the config's entry that the logits are multiplied by, if it has one.
+        logit_cap: the config's entry beyond which the logits are bent by a tanh, if it has one.
+        requirements: values of the config that surgery relies on.
     """
 
     model_types: tuple[str, ...]
     blocks: str = "layers"
     final_norm: str = "norm"
-    attention: str = "self_attn"
-    mlp: str = "mlp"
-    residual: str = "sequential"
+    attention: tuple[str, ...] = ("self_attn",)
+    mlp: tuple[str, ...] = ("mlp",)
+    parallel: bool | str = False
     cache_argument: str = "past_key_values"
     per_layer_lists: tuple[str, ...] = ("layer_types",)
+    sparse_step: str | None = None
+    dense_list: str | None = None
+    logit_scale: str | None = None
+    logit_cap: str | None = None
+    requirements: tuple[Requirement, ...] = ()
 
 
-FAMILIES = (Family(model_types=("llama", "mistral", "qwen2")),)
+FAMILIES = (
+    Family(("llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3")),
+    Family(("smollm3",), per_layer_lists=("layer_types", "no_rope_layers")),
+    Family(("qwen3_moe",), sparse_step="decoder_sparse_step", dense_list="mlp_only_layers"),
+    Family(
+        ("gemma2", "gemma3_text"),
+        attention=("self_attn", "post_attention_layernorm"),
+        mlp=("mlp", "post_feedforward_layernorm"),
+        logit_cap="final_logit_softcapping",
+    ),
+    Family(
+        ("olmo2",),
+        attention=("self_attn", "post_attention_layernorm"),
+        mlp=("mlp", "post_feedforward_layernorm"),
+    ),
+    Family(("phi",), final_norm="final_layernorm", parallel=True),
+    Family(("cohere",), parallel=True, logit_scale="logit_scale"),
+    Family(
+        ("gpt_neox",),
+        final_norm="final_layer_norm",
+        attention=("attention",),
+        parallel="use_parallel_residual",
+        cache_argument="layer_past",
+    ),
+    Family(
+        ("gpt2",),
+        blocks="h",
+        final_norm="ln_f",
+        attention=("attn",),
+        requirements=(
+            Requirement("scale_attn_by_inverse_layer_idx", False, "its attentions depend on their block's number"),
+            Requirement("add_cross_attention", False, "its blocks read from an encoder"),
+        ),
+    ),
+    Family(
+        ("opt",),
+        final_norm="final_layer_norm",
+        mlp=("fc1", "activation_fn", "fc2"),
+        requirements=(Requirement("do_layer_norm_before", True, "its norms stand on the stream itself"),),
+    ),
+)
 
 
 def family_of(model_type: str) -> Family:
@@ -59,6 +128,36 @@ def family_of(model_type: str) -> Family:
         f"depthprune does not know the model type {model_type!r}. Known: {', '.join(known)}. "
         "To add one, add a row to FAMILIES in depthprune/families.py."
     )
+
+
+def refuse_quantised(quantisation: Any) -> None:
+    """Refuse a model whose config has this ``quantization_config``: its packed weights cannot be measured or solved.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if quantisation:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
+        method = getattr(method, "value", method) or "by an unknown method"
+        raise ValueError(f"The model is quantised ({method}), which depthprune does not prune: name its full weights.")
+
+
+def check_supported(config: PreTrainedConfig) -> Family:
+    """The row of a model's config, which is checked.
+
+    Raises:
+        ValueError: its family is not known, it is quantised, or it has a value that surgery cannot do with.
+    """
+    family = family_of(config.model_type)
+    refuse_quantised(getattr(config, "quantization_config", None))
+    for requirement in family.requirements:
+        value = getattr(config, requirement.name, requirement.value)
+        if value != requirement.value:
+            raise ValueError(
+                f"The model has {requirement.name}={value!r} ({requirement.why}), and depthprune prunes "
+                f"{config.model_type} only with {requirement.value!r}: take another model of this type."
+            )
+    return family
 
 
 @dataclass(frozen=True)
@@ -82,9 +181,9 @@ class Anatomy:
         """Look at a model.
 
         Raises:
-            ValueError: its family is not known.
+            ValueError: it is not supported (see :func:`check_supported`).
         """
-        family = family_of(model.config.model_type)
+        family = check_supported(model.config)
         record = pruning_record(model)
         kept = tuple(record["kept_blocks"]) if record else tuple(range(model.config.num_hidden_layers))
         removed = frozenset(PruningPlan.from_dict(record["plan"]).sites) if record else frozenset()
@@ -113,6 +212,12 @@ class Anatomy:
         """Width of the stream, D."""
         return self.model.config.hidden_size
 
+    @property
+    def is_parallel(self) -> bool:
+        """Whether a block's attention and MLP read the same stream."""
+        flag = self.family.parallel
+        return flag if isinstance(flag, bool) else getattr(self.model.config, flag)
+
     def sites(self, kinds: tuple[str, ...] = KINDS) -> tuple[Site, ...]:
         """Every site of these kinds that is still there, in depth order.
 
@@ -130,7 +235,7 @@ class Anatomy:
         return tuple(found)
 
     def module(self, site: Site) -> nn.Module:
-        """The module of a site that is still there.
+        """The module of a site that is still there; the first of its chain, if it has several.
 
         Raises:
             ValueError: the model has no such site, or it was removed already.
@@ -140,14 +245,18 @@ class Anatomy:
         if site not in self.sites((site.kind,)):
             gone = [str(part) for part in sorted(self.removed) if part.index == site.index]
             raise ValueError(f"{site} is no longer whole: {', '.join(gone)} was removed from this model already.")
-        return self.slot_module(site)
+        return self.chain(site)[0]
 
-    def slot_module(self, site: Site) -> nn.Module:
-        """The module that is, or that held, a site whose block is still in the list."""
+    def chain(self, site: Site) -> tuple[nn.Module, ...]:
+        """The modules that are, or that held, a site whose block is still in the list.
+
+        The first one gets what the site reads, the last one gives its update (a block gives the stream after it).
+        """
         block = self.blocks[self.kept_blocks.index(site.index)]
         if site.kind == "block":
-            return block
-        return block.get_submodule(self.family.attention if site.kind == "attention" else self.family.mlp)
+            return (block,)
+        names = self.family.attention if site.kind == "attention" else self.family.mlp
+        return tuple(block.get_submodule(name) for name in names)
 
 
 def pruning_record(model: PreTrainedModel) -> dict[str, Any] | None:
@@ -157,6 +266,27 @@ def pruning_record(model: PreTrainedModel) -> dict[str, Any] | None:
     fingerprint of the unpruned model). Plain folders carry it too, so that a second pruning keeps the numbering.
     """
     return getattr(model.config, "depthprune", None)
+
+
+def renumber(config: PreTrainedConfig, family: Family, kept: Sequence[int]) -> None:
+    """Make a config that of a model in which only some blocks are left.
+
+    Args:
+        config: the config before; changed in place.
+        family: its row.
+        kept: the blocks that stay, by their present places.
+    """
+    count = config.num_hidden_layers
+    for name in family.per_layer_lists:
+        values = getattr(config, name, None)
+        if values is not None:
+            assert len(values) == count, f"config.{name} has {len(values)} entries for {count} blocks"
+            setattr(config, name, [values[place] for place in kept])
+    if family.sparse_step and family.dense_list:
+        step, dense = getattr(config, family.sparse_step), getattr(config, family.dense_list)
+        setattr(config, family.dense_list, [new for new, old in enumerate(kept) if old in dense or (old + 1) % step])
+        setattr(config, family.sparse_step, 1)
+    config.num_hidden_layers = len(kept)
 
 
 def architecture_of(config: Any) -> dict[str, Any]:

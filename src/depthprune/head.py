@@ -11,6 +11,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from depthprune.families import family_of
+
 Batch = Mapping[str, Tensor]
 """``input_ids (B, T)``, and where there is padding ``attention_mask (B, T)``; may carry more."""
 
@@ -52,9 +54,18 @@ def token_losses(model: PreTrainedModel, batch: Batch, hidden: Tensor | None = N
     return torch.cat(losses).view_as(targets)
 
 
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits ``(..., V)`` from normed last hidden states ``(..., D)``, scaled and capped as the model does it."""
+    logits = model.get_output_embeddings()(hidden)
+    family = family_of(model.config.model_type)
+    if family.logit_scale is not None:
+        logits = logits * getattr(model.config, family.logit_scale)
+    cap = family.logit_cap and getattr(model.config, family.logit_cap)
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
 def _chunk_losses(model: PreTrainedModel, rows: Tensor, targets: Tensor) -> Tensor:
-    logits = model.get_output_embeddings()(rows)
-    return functional.cross_entropy(logits.float(), targets, reduction="none")
+    return functional.cross_entropy(logits_of(model, rows).float(), targets, reduction="none")
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from depthprune import embedded
-from depthprune.families import family_of, pruning_record
+from depthprune.families import check_supported, family_of, pruning_record, refuse_quantised
 from depthprune.files import whole_folder, write_json
 from depthprune.names import unknown_name
 from depthprune.sites import PruningPlan
@@ -65,9 +65,7 @@ def load(
         model = _load_pruned(folder, config, torch_dtype, device_map, attn_implementation)
     else:
         family_of(config.get("model_type", "without model_type"))
-        if config.get("quantization_config"):
-            method = config["quantization_config"].get("quant_method", "quantised")
-            raise ValueError(f"{name} is quantised ({method}), which depthprune does not prune: name its full weights.")
+        refuse_quantised(config.get("quantization_config"))
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 source,
@@ -79,6 +77,7 @@ def load(
             )
         except (OSError, SafetensorError) as error:
             raise ValueError(f"Cannot load the model {name}: {_first_line(error)}") from error
+        check_supported(model.config)
     return model.eval(), load_tokenizer(name, revision=revision)
 
 

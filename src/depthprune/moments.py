@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from depthprune.families import Anatomy
 from depthprune.head import Batch, evaluating, hidden_states, input_device, on_device
-from depthprune.sites import Site
+from depthprune.sites import KINDS, Site
 
 
 class Vectors:
@@ -73,7 +73,6 @@ def observed(
         A function that takes the next batch's ``attention_mask (B, T)`` or None; tokens with 0 are left out.
     """
     anatomy = Anatomy.of(model)
-    assert anatomy.family.residual == "sequential"
     wanted = set(sites)
     keep: list[Tensor | None] = [None]
     stream: dict[str, Any] = {}  # the stream of the present block, and the last one that was turned into vectors
@@ -89,23 +88,29 @@ def observed(
     def block_starts(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stream["before"] = args[0] if args else kwargs["hidden_states"]
 
-    def attention_ends(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        stream["attention"] = output[0]
+    def part_ends(kind: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            update = output[0] if isinstance(output, tuple) else output
+            stream[kind] = stream["before"] + update.view_as(stream["before"])
+
+        return hook
 
     def block_ends(index: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        here = {kind: Site(index, kind) for kind in ("block", "attention", "mlp")}
+        block, attention, mlp = (Site(index, kind) for kind in KINDS)
 
         def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
             before = vectors(stream["before"])
-            if here["attention"] in wanted or here["mlp"] in wanted:
-                between = vectors(stream["before"] + stream.pop("attention"))
-                if here["attention"] in wanted:
-                    report(Observation(here["attention"], before, between))
+            if attention in wanted or (mlp in wanted and not anatomy.is_parallel):
+                between = vectors(stream.pop("attention"))
+                if attention in wanted:
+                    report(Observation(attention, before, between))
+            if mlp in wanted and anatomy.is_parallel:
+                report(Observation(mlp, before, vectors(stream.pop("mlp"))))
             after = vectors(output)
-            if here["mlp"] in wanted:
-                report(Observation(here["mlp"], between, after))
-            if here["block"] in wanted:
-                report(Observation(here["block"], before, after))
+            if mlp in wanted and not anatomy.is_parallel:
+                report(Observation(mlp, between, after))
+            if block in wanted:
+                report(Observation(block, before, after))
 
         return hook
 
@@ -113,9 +118,10 @@ def observed(
     try:
         for block, index in zip(anatomy.blocks, anatomy.kept_blocks, strict=True):
             handles.append(block.register_forward_pre_hook(block_starts, with_kwargs=True))
-            if {Site(index, "attention"), Site(index, "mlp")} & wanted:
-                attention = block.get_submodule(anatomy.family.attention)
-                handles.append(attention.register_forward_hook(attention_ends))
+            for kind in ("attention", "mlp") if anatomy.is_parallel else ("attention",):
+                if {Site(index, "attention"), Site(index, "mlp")} & wanted:
+                    last = anatomy.chain(Site(index, kind))[-1]
+                    handles.append(last.register_forward_hook(part_ends(kind)))
             handles.append(block.register_forward_hook(block_ends(index)))
 
         def next_mask(mask: Tensor | None) -> None:

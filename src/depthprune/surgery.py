@@ -2,7 +2,8 @@
 
 A slot is a site's own module under a derived class that looks at a switch before it runs. The module tree, the class
 checks of transformers (outputs recorded by class, gradient checkpointing) and the keys of the base weights stay as they
-were; a slot only adds a child ``replacement``. Switching variants is setting an attribute.
+were; a slot only adds a child ``replacement``. Switching variants is setting an attribute. Where a site is a chain of
+modules (a norm behind an attention, say), the first one holds the replacement and the others let its update through.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from depthprune.families import Anatomy, pruning_record, unpruned_fingerprint
+from depthprune.families import Anatomy, pruning_record, renumber, unpruned_fingerprint
 from depthprune.names import unknown_name
 from depthprune.replacements import Replacement, build_replacement
 from depthprune.sites import PruningPlan, Site
@@ -88,7 +89,13 @@ def _hold_cache_place(cache: Any, index: int, read: Tensor) -> None:
 
 @functools.cache
 def _slot_class(base: type[nn.Module], kind: str, cache_argument: str) -> type[nn.Module]:
-    """The class of a slot for a site of this kind whose module has class ``base``."""
+    """The class of a slot whose module has class ``base``.
+
+    Args:
+        base: the module's class.
+        kind: the site's kind for the first module of its chain, ``"follower"`` for the others.
+        cache_argument: how the family names the cache.
+    """
     read_name = next(name for name in inspect.signature(base.forward).parameters if name != "self")
     read_argument = _Argument.of(base.forward, read_name)
     cache = _Argument.of(base.forward, cache_argument)
@@ -98,6 +105,8 @@ def _slot_class(base: type[nn.Module], kind: str, cache_argument: str) -> type[n
             if self.slot_position == "original":
                 return base.forward(self, *args, **kwargs)
             read = read_argument.get(args, kwargs)
+            if kind == "follower":
+                return read
             if kind != "mlp":
                 _hold_cache_place(cache.get(args, kwargs), self.cache_index, read)
             update = self.stand_in(read)
@@ -160,11 +169,21 @@ def install_slots(model: PreTrainedModel, plan: PruningPlan) -> None:
     for removal in plan.removals:
         for site in removal.sites:
             name = removal.replacement if site == removal.sites[0] else "none"
-            _make_slot(anatomy, site, build_replacement(name, anatomy.hidden_size, removal.options))
+            _make_slots(anatomy, site, build_replacement(name, anatomy.hidden_size, removal.options))
 
 
-def _make_slot(anatomy: Anatomy, site: Site, replacement: Replacement | None) -> None:
-    module = anatomy.slot_module(site)
+def _make_slots(anatomy: Anatomy, site: Site, replacement: Replacement | None) -> None:
+    """Turn the modules of a site into slots, the first one with the replacement."""
+    first, *followers = anatomy.chain(site)
+    cache = anatomy.kept_blocks.index(site.index)
+    _make_slot(first, site.kind, anatomy.family.cache_argument, cache, replacement)
+    for module in followers:
+        _make_slot(module, "follower", anatomy.family.cache_argument, cache, None)
+
+
+def _make_slot(
+    module: nn.Module, kind: str, cache_argument: str, cache_index: int, replacement: Replacement | None
+) -> None:
     device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
     hook = getattr(module, "_hf_hook", None)
     if hook is not None:  # accelerate's hook hides the class's forward: put it back over the slot's
@@ -172,10 +191,10 @@ def _make_slot(anatomy: Anatomy, site: Site, replacement: Replacement | None) ->
         module.__dict__.pop("forward", None)  # the hook left the old class's forward on the instance
         device = torch.device(getattr(hook, "execution_device", None) or device)
     base = type(module)
-    module.__class__ = _slot_class(base, site.kind, anatomy.family.cache_argument)  # type: ignore[arg-type]
+    module.__class__ = _slot_class(base, kind, cache_argument)  # type: ignore[arg-type]
     assert isinstance(module, Slot)
     module.slot_position = "replacement"
-    module.cache_index = anatomy.kept_blocks.index(site.index)
+    module.cache_index = cache_index
     module.is_hollow = False
     if replacement is not None and device.type != "meta":
         replacement = replacement.to(device)
@@ -229,7 +248,7 @@ def site_slots(model: PreTrainedModel, plan: PruningPlan) -> dict[Site, Slot]:
     anatomy = Anatomy.of(model)
     found: dict[Site, Slot] = {}
     for removal in plan.removals:
-        slot = anatomy.slot_module(removal.sites[0])
+        slot = anatomy.chain(removal.sites[0])[0]
         assert isinstance(slot, Slot), f"{removal.sites[0]} is not a slot"
         found[removal.sites[0]] = slot
     return found
@@ -285,9 +304,9 @@ def restore_structure(model: PreTrainedModel, record: dict[str, Any]) -> None:
         for site in removal.sites:
             if site.index in anatomy.kept_blocks:
                 name = removal.replacement if site == removal.sites[0] else "none"
-                _make_slot(anatomy, site, build_replacement(name, anatomy.hidden_size, removal.options))
-                module = anatomy.slot_module(site)
-                _hollow(module)
+                _make_slots(anatomy, site, build_replacement(name, anatomy.hidden_size, removal.options))
+                for module in anatomy.chain(site):
+                    _hollow(module)
 
 
 def _kept_blocks(plan: PruningPlan, block_count: int) -> Iterator[int]:
@@ -325,11 +344,4 @@ def _compact(before: Anatomy) -> None:
                 module.layer_idx = position  # type: ignore[assignment]
             if isinstance(module, Slot):
                 module.cache_index = position
-    config = model.config
-    count = config.num_hidden_layers
-    for list_name in family.per_layer_lists:
-        values = getattr(config, list_name, None)
-        if values is not None:
-            assert len(values) == count, f"config.{list_name} has {len(values)} entries for {count} blocks"
-            setattr(config, list_name, [values[position] for position in kept])
-    config.num_hidden_layers = len(kept)
+    renumber(model.config, family, kept)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -44,7 +43,7 @@ def brute(
     model: Any, batches: Iterable[Mapping[str, Tensor]], denominator: str = "output", leave_out: bool = False
 ) -> dict[str, dict[str, float]]:
     """Metric to site name to mean over tokens."""
-    exact = copy.deepcopy(model).double()
+    exact = brute_force.exact_copy(model)
     rows: dict[str, dict[str, list[Rows]]] = {}
     for batch in batches:
         for name, streams in brute_force.streams(exact, batch).items():
