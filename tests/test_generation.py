@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -102,7 +102,7 @@ KEPT = (1, 3, 4)
 
 def built_with_the_same_blocks(model: PreTrainedModel) -> PreTrainedModel:
     """An unpruned model whose blocks are some of another model's, by transformers alone."""
-    family, lists = model.config.model_type, {}
+    family, lists = model.config.model_type, cast(dict[str, Any], {})
     for name in ("layer_types", "no_rope_layers"):
         if getattr(model.config, name, None) is not None:
             lists[name] = [getattr(model.config, name)[index] for index in KEPT]
@@ -136,7 +136,7 @@ def test_whole_blocks_leave_a_model_like_one_built_without_them(
         assert difference(plain_logits(pruned, tiny_batch("left")), plain_logits(built, tiny_batch("left"))) < 1e-6
         for way, (shared, own) in WAYS.items():
             assert torch.equal(generated(pruned, **shared, **own), generated(built, **shared, **own)), way
-        caches = [DynamicCache(config=one.config) for one in (pruned, built)]
+        caches: list[Any] = [DynamicCache(config=one.config) for one in (pruned, built)]
         for one, cache in zip((pruned, built), caches, strict=True):
             one(**tiny_batch(), past_key_values=cache, use_cache=True)
         layers = [[(type(layer), layer.keys.shape) for layer in cache.layers] for cache in caches]

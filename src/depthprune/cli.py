@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; the process's own if not given.
 
     Returns:
-        The exit code: 0, or 2 for anything that the user can mend.
+        The exit code: 0, 2 for anything that the user can mend, 130 and 143 for a run that was asked to stop.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -74,10 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _refuse(str(error) or repr(error))
     except (KeyboardInterrupt, SystemExit) as leaving:
-        if isinstance(leaving, SystemExit) and not isinstance(leaving.__context__, KeyboardInterrupt):
-            raise  # only Lightning makes an exit of an interrupt
-        print("depthprune: interrupted; the same command goes on from what is saved.", file=sys.stderr)
-        return 130
+        # Lightning makes an exit of an interrupt, and an exit without a code of a SIGTERM
+        is_interrupt = isinstance(leaving, KeyboardInterrupt) or isinstance(leaving.__context__, KeyboardInterrupt)
+        is_sigterm = type(leaving).__name__ == "SIGTERMException"
+        if not is_interrupt and not is_sigterm:
+            raise
+        what = "interrupted" if is_interrupt else "asked to stop"
+        print(f"depthprune: {what}; the same command goes on from what is saved.", file=sys.stderr)
+        return 128 + int(signal.SIGINT if is_interrupt else signal.SIGTERM)
     return 0
 
 

@@ -14,6 +14,8 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     Raises:
         ValueError: there is no such file, it cannot be read, or something else wrote it.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"There is no checkpoint {path}: name one of `depthprune fit`.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever unpickling makes of a file that is not a checkpoint

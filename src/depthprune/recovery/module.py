@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningModule
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -20,8 +21,10 @@ from depthprune.families import Anatomy, unpruned_fingerprint
 from depthprune.head import Batch, token_losses
 from depthprune.loading import load
 from depthprune.names import unknown_name
+from depthprune.recovery.checkpoint_io import WholeCheckpointIO
 from depthprune.recovery.closed_form import calibrate_on
 from depthprune.recovery.objectives import OBJECTIVES
+from depthprune.recovery.resume import check_checkpoint, fit_settings, run_settings
 from depthprune.sites import PruningPlan
 from depthprune.surgery import (
     check_plan,
@@ -32,14 +35,13 @@ from depthprune.surgery import (
     switched,
 )
 
-SETTINGS = ("base", "revision", "replacement", "options", "objective")
-
-
 EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # the frozen base
     r"Your `IterableDataset` has `__len__` defined",  # the stream's length is exact
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning on a newer torch
     r"The '.*_dataloader' does not have many workers",  # one worker is as fast as the tokenizer needs
+    r'`\.fit\(ckpt_path="last"\)` is set, but there is no last checkpoint',  # the first run
+    r"Checkpoint directory .* exists and is not empty",  # the run before
 )
 
 
@@ -91,6 +93,7 @@ class RecoveryModule(LightningModule):
         self.domain_metrics: dict[str, DocumentLoss] = {}
         self._start: dict[str, DomainLoss] = {}
         self._dropout_seed: int | None = None
+        self.start_step: int | None = None  # where training began or went on
 
     @classmethod
     def of(cls, model: PreTrainedModel, plan: str, **settings: Any) -> RecoveryModule:
@@ -109,6 +112,9 @@ class RecoveryModule(LightningModule):
         """Silence warnings about what is so on purpose."""
         for message in EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
+        strategy = self.trainer.strategy
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin of the user's is left alone
+            strategy.checkpoint_io = WholeCheckpointIO()
 
     def configure_model(self) -> None:
         """Load the base model, freeze it and install the slots, before any strategy wraps or shards it."""
@@ -151,6 +157,12 @@ class RecoveryModule(LightningModule):
         self.calibrate()
         if self._dropout_seed is None:
             self._dropout_seed = torch.initial_seed()
+
+    def on_train_start(self) -> None:
+        """Say where a resumed run goes on."""
+        self.start_step = self.global_step
+        if self.start_step:
+            self.print(f"Going on after step {self.start_step}, from {self.trainer.ckpt_path}.")
 
     def on_validation_start(self) -> None:
         """Calibrate if the run only validates."""
@@ -293,7 +305,8 @@ class RecoveryModule(LightningModule):
         """Add the plan and what resuming must not change."""
         checkpoint["depthprune"] = {
             "plan": self.plan.to_dict(),
-            "settings": self._settings(),
+            "settings": run_settings(self.hparams),
+            "fit_settings": fit_settings(self),
             "dropout_seed": self._dropout_seed,
         }
 
@@ -303,43 +316,11 @@ class RecoveryModule(LightningModule):
         Raises:
             ValueError: the checkpoint is none of depthprune's, or a setting differs.
         """
-        saved = checkpoint.get("depthprune")
-        if saved is None:
-            raise ValueError("The checkpoint was not written by `depthprune fit`: name one that was.")
-        saved_plan = PruningPlan.from_dict(saved["plan"], "the checkpoint's plan")
-        if [removal.to_dict() for removal in saved_plan.removals] != [r.to_dict() for r in self.plan.removals]:
-            raise ValueError(
-                "The checkpoint was made with another plan or replacement: drop the flags that change it, "
-                "or start anew without --ckpt_path."
-            )
-        settings = self._settings()
-        for name, value in settings.items():
-            if saved["settings"].get(name) != value:
-                raise ValueError(
-                    f"The checkpoint was made with {name}={saved['settings'].get(name)!r}, and now it is {value!r}: "
-                    "drop the flag, or start anew without --ckpt_path."
-                )
-        self._dropout_seed = saved.get("dropout_seed")
-
-    def _settings(self) -> dict[str, Any]:
-        """What must stay the same when a run is resumed."""
-        optimizer = self.make_optimizer([nn.Parameter(torch.zeros(1))])
-        scheduler = self.make_scheduler and self.make_scheduler(optimizer)
-        return {
-            **{name: self.hparams[name] for name in SETTINGS},
-            "optimizer": type(optimizer).__name__,
-            **_numbers("optimizer", optimizer.defaults),
-            "scheduler": type(scheduler).__name__ if scheduler else None,
-            **_numbers("scheduler", scheduler.state_dict() if scheduler else {}),
-        }
+        check_checkpoint(self, checkpoint)
+        self._dropout_seed = checkpoint["depthprune"]["dropout_seed"]
 
     def _datamodule(self) -> Any:
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is None or not hasattr(datamodule, "calibration_dataloader"):
             raise ValueError("Give the Trainer a TextDataModule: the replacements are calibrated on its text.")
         return datamodule
-
-
-def _numbers(owner: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of an optimizer's or a schedule's settings that are numbers, by a name that says whose they are."""
-    return {f"{owner}.{name}": value for name, value in values.items() if isinstance(value, int | float)}

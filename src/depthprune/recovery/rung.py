@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from lightning import Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from depthprune.callbacks.forgetting import ForgettingMonitor
+from depthprune.callbacks.last_checkpoint import LastCheckpoint
 from depthprune.callbacks.overfitting import OverfittingMonitor
 from depthprune.callbacks.recorder import LossRecorder
 from depthprune.data.module import TextDataModule
@@ -129,8 +129,7 @@ def train_rung(
                 recorder,
                 OverfittingMonitor(),
                 ForgettingMonitor(),
-                # after every validation; save_last would only follow what save_top_k keeps
-                ModelCheckpoint(run_folder, filename=last.stem, enable_version_counter=False),
+                LastCheckpoint(run_folder),
             ],
         )
         trainer.fit(module, datamodule=text, ckpt_path=str(last) if last.exists() else None)

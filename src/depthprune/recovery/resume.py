@@ -1,0 +1,77 @@
+"""What must stay the same when a run goes on from a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+
+from depthprune.sites import PruningPlan
+
+ANEW = "drop the flag, or start anew with --ckpt_path null or in another folder"
+
+
+def run_settings(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a RecoveryModule that a checkpoint's replacements belong to, whatever is done with them."""
+    return {name: hparams[name] for name in ("base", "revision", "replacement", "options", "objective")}
+
+
+def fit_settings(module: Any) -> dict[str, Any]:
+    """The settings without which training would not go on as it began, as plain data.
+
+    The place in the training text is checked by its loader.
+
+    Args:
+        module: a RecoveryModule with its trainer.
+    """
+    trainer: Any = module.trainer
+    data: Any = getattr(trainer, "datamodule", None)
+    optimizer = module.make_optimizer([nn.Parameter(torch.zeros(1))])
+    scheduler = module.make_scheduler and module.make_scheduler(optimizer)
+    domains = {name: dataclasses.asdict(source) for name, source in getattr(data, "domains", {}).items()}
+    return {
+        **{name: module.hparams[name] for name in ("dtype", "attn_implementation")},
+        "optimizer": type(optimizer).__name__,
+        **_numbers("optimizer", optimizer.defaults),
+        "scheduler": type(scheduler).__name__ if scheduler else None,
+        **_numbers("scheduler", scheduler.state_dict() if scheduler else {}),
+        "domains": domains,
+        "evaluation_sequences": getattr(data, "evaluation_sequences", None),
+        "precision": trainer.precision,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "gradient_clip_val": trainer.gradient_clip_val,
+    }
+
+
+def check_checkpoint(module: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that does not belong to a run.
+
+    Raises:
+        ValueError: it is none of depthprune's, or was made with another plan or setting.
+    """
+    saved = checkpoint.get("depthprune")
+    if saved is None:
+        raise ValueError("The checkpoint was not written by `depthprune fit`: name one that was.")
+    plan = PruningPlan.from_dict(saved["plan"], "the checkpoint's plan")
+    if [removal.to_dict() for removal in plan.removals] != [removal.to_dict() for removal in module.plan.removals]:
+        raise ValueError(f"The checkpoint was made with another plan or replacement: {ANEW}.")
+    _check_same(saved["settings"], run_settings(module.hparams))
+    if module.trainer.state.fn == TrainerFn.FITTING:
+        _check_same(saved["fit_settings"], fit_settings(module))
+
+
+def _check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for name, value in now.items():
+        if saved.get(name) != value:
+            raise ValueError(
+                f"The checkpoint was made with {name}={saved.get(name)!r}, and now it is {value!r}: {ANEW}."
+            )
+
+
+def _numbers(owner: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of an optimizer's or a schedule's settings that are numbers, by a name that says whose they are."""
+    return {f"{owner}.{name}": value for name, value in values.items() if isinstance(value, int | float)}

@@ -1,0 +1,58 @@
+"""Runs in processes of their own that are stopped on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+
+class StopAt(Callback):
+    """Sends a signal to the process itself when a step has been done, at one of Lightning's hooks.
+
+    Args:
+        step: the optimizer step.
+        hook: name of the hook.
+        by: name of the signal.
+    """
+
+    def __init__(self, step: int, hook: str = "on_train_batch_end", by: str = "SIGKILL") -> None:
+        self.step = step
+        self.by = signal.Signals[by]
+        setattr(self, hook, self._stop)
+
+    def _stop(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.by)
+
+
+def forked(work: Callable[[], int], seconds: float | None = None) -> int:
+    """Do something in a child process; its exit code, negative for a signal.
+
+    Args:
+        work: gives the exit code.
+        seconds: kill the child after so long, if it is not done by then.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            code = work()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

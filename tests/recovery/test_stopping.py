@@ -1,0 +1,204 @@
+"""Fits that are killed, interrupted or asked to stop: the same command goes on and ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.command_line import (
+    STEPS,
+    Workshop,
+    fit_settings,
+    read_checkpoint,
+    recorded,
+    refusal,
+    run,
+    scalars,
+    write_config,
+)
+from tests.killing import forked
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+LONG = 20  # steps
+
+
+def settings_of(workshop: Workshop, folder: Path, steps: int = LONG, workers: int = 0) -> dict[str, Any]:
+    """As in configs/fit: the best checkpoint and the last one, after every second step."""
+    settings = fit_settings(workshop, folder, workers=workers)
+    settings["trainer"]["max_steps"] = steps
+    keepers = [callback for callback in settings["trainer"]["callbacks"] if "ModelCheckpoint" in callback["class_path"]]
+    for keeper in keepers:
+        settings["trainer"]["callbacks"].remove(keeper)
+    settings["trainer"]["callbacks"] += [
+        {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {
+                "dirpath": folder,
+                "filename": "best",
+                "monitor": "3_domains/news/loss",
+                "enable_version_counter": False,
+            },
+        },
+        {"class_path": "depthprune.callbacks.last_checkpoint.LastCheckpoint", "init_args": {"dirpath": folder}},
+    ]
+    return settings
+
+
+def stop_at(step: int, hook: str = "on_train_batch_end", by: str = "SIGKILL") -> list[str]:
+    """The flags that stop a fit at a step."""
+    prefix = "--trainer.callbacks"
+    return [f"{prefix}+=tests.killing.StopAt", f"{prefix}.step={step}", f"{prefix}.hook={hook}", f"{prefix}.by={by}"]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Two last checkpoints hold the same run, bit for bit."""
+    first, second = read_checkpoint(one), read_checkpoint(other)
+    assert first["global_step"] == second["global_step"]
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        torch.testing.assert_close(first[part], second[part], rtol=0, atol=0)
+    assert recorded(first) == recorded(second)
+
+
+@pytest.fixture(scope="module")
+def whole(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run of :data:`LONG` steps."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = write_config(folder / "fit.yaml", settings_of(workshop, folder))
+    assert forked(lambda: run("fit", "--config", config)) == 0
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_at_ten_random_steps(workshop: Workshop, tmp_path: Path, whole: Path, workers: int) -> None:
+    rng = random.Random(workers)
+    config = write_config(tmp_path / "fit.yaml", settings_of(workshop, tmp_path, workers=workers))
+    hooks = ("on_train_batch_start", "on_train_batch_end", "on_validation_batch_end", "on_save_checkpoint")
+    kills = 0
+    for step in sorted(rng.sample(range(1, LONG), 10)):
+        hook = rng.choice(hooks if step % 2 == 0 else hooks[:2])
+        code = forked(lambda step=step, hook=hook: run("fit", "--config", config, *stop_at(step, hook)))  # type: ignore[misc]
+        assert code == -signal.SIGKILL
+        kills += 1
+    assert kills == 10
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] < LONG
+    assert forked(lambda: run("fit", "--config", config)) == 0
+    assert_same(tmp_path / "last.ckpt", whole / "last.ckpt")
+    best, wanted = (read_checkpoint(folder / "best.ckpt") for folder in (tmp_path, whole))
+    torch.testing.assert_close(best["state_dict"], wanted["state_dict"], rtol=0, atol=0)
+    logged, expected = (scalars(folder / "tensorboard") for folder in (tmp_path, whole))
+    assert logged["1_overfitting/gap_growth"] == expected["1_overfitting/gap_growth"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".last") or path.name.startswith(".best")]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("step", "hook", "saved"),
+    # a validation follows every second step, and is not waited for
+    [(2, "on_train_batch_start", 3), (5, "on_train_batch_end", 5), (6, "on_train_batch_end", 4)],
+)
+def test_sigterm_saves_and_exits(
+    workshop: Workshop, tmp_path: Path, whole: Path, step: int, hook: str, saved: int, workers: int
+) -> None:
+    config = write_config(tmp_path / "fit.yaml", settings_of(workshop, tmp_path, workers=workers))
+    assert forked(lambda: run("fit", "--config", config, *stop_at(step, hook, "SIGTERM"))) == 128 + signal.SIGTERM
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == saved
+    assert forked(lambda: run("fit", "--config", config)) == 0
+    assert_same(tmp_path / "last.ckpt", whole / "last.ckpt")
+
+
+def test_sigterm_in_a_validation_goes_back_to_the_last_save(workshop: Workshop, tmp_path: Path, whole: Path) -> None:
+    config = write_config(tmp_path / "fit.yaml", settings_of(workshop, tmp_path))
+    stopped = forked(lambda: run("fit", "--config", config, *stop_at(6, "on_validation_batch_end", "SIGTERM")))
+    assert stopped == 128 + signal.SIGTERM
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 4
+    assert forked(lambda: run("fit", "--config", config)) == 0
+    assert_same(tmp_path / "last.ckpt", whole / "last.ckpt")
+
+
+def test_an_interrupt_loses_nothing(
+    workshop: Workshop, tmp_path: Path, whole: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path / "fit.yaml", settings_of(workshop, tmp_path))
+    assert forked(lambda: run("fit", "--config", config, *stop_at(7, "on_train_batch_end", "SIGINT"))) == 130
+    assert "the same command goes on from what is saved" in capfd.readouterr().err
+    assert forked(lambda: run("fit", "--config", config)) == 0
+    assert "Going on after step 6" in capfd.readouterr().out
+    assert_same(tmp_path / "last.ckpt", whole / "last.ckpt")
+
+
+def test_steps_that_no_validation_follows_are_saved_too(workshop: Workshop, tmp_path: Path, whole: Path) -> None:
+    config = write_config(tmp_path / "fit.yaml", settings_of(workshop, tmp_path))
+    assert run("fit", "--config", config, "--trainer.max_steps", 1) == 0
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 1
+    assert run("fit", "--config", config, "--trainer.max_steps", 5) == 0
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 5
+    assert run("fit", "--config", config) == 0
+    assert_same(tmp_path / "last.ckpt", whole / "last.ckpt")
+
+
+def test_a_finished_run_is_left_alone_and_can_be_started_anew(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path / "fit.yaml", settings_of(workshop, tmp_path, STEPS))
+    assert run("fit", "--config", config) == 0
+    printed = capsys.readouterr().out
+    assert f"The best checkpoint is {tmp_path / 'best.ckpt'}" in printed
+    assert "depthprune prune --model" in printed
+    before = {name: (tmp_path / name).read_bytes() for name in ("best.ckpt", "last.ckpt")}
+    assert run("fit", "--config", config, "--trainer.max_steps", 4) == 0
+    assert f"Nothing was left to do: the run had done its {STEPS} steps" in capsys.readouterr().out
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert run("fit", "--config", config, "--trainer.max_steps", 2, "--ckpt_path", "null") == 0
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 2
+
+
+def test_a_second_fit_into_the_same_folder_is_refused(workshop: Workshop, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "fit.yaml", settings_of(workshop, tmp_path))
+
+    def second() -> int:
+        assert f"Another fit is running in {tmp_path}" in refusal("fit", "--config", config)
+        return 0
+
+    from depthprune.files import only_writer
+
+    with only_writer(tmp_path, "fit"):
+        assert forked(second) == 0
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data.evaluation_sequences", 1], "evaluation_sequences=5, and now it is 1"),
+        (["--data.domains", "{}"], "made with domains="),
+        (["--model.dtype", "bfloat16"], "made with dtype='auto', and now it is 'bfloat16'"),
+        (["--trainer.precision", "bf16-true"], "made with precision='32-true', and now it is 'bf16-true'"),
+        (["--trainer.accumulate_grad_batches", 2], "made with accumulate_grad_batches=1, and now it is 2"),
+        (["--trainer.gradient_clip_val", 0.5], "made with gradient_clip_val=1.0, and now it is 0.5"),
+    ],
+)
+def test_what_would_change_the_run_is_refused(
+    workshop: Workshop, tmp_path: Path, whole: Path, flags: list[object], message: str
+) -> None:
+    config = write_config(tmp_path / "fit.yaml", settings_of(workshop, tmp_path))
+    sentence = refusal("fit", "--config", config, "--ckpt_path", whole / "last.ckpt", *flags)
+    assert message in sentence
+    assert "--ckpt_path null" in sentence
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_losses_are_shown_as_one_table(
+    workshop: Workshop, whole: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = whole / "fit.yaml"
+    assert run(command, "--config", config, "--ckpt_path", whole / "last.ckpt", "--data.evaluation_sequences", 3) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    names = {line[1] for line in lines if len(line) > 4 and line[0] == "│"}
+    assert {"news", "other"} <= names
+    assert ("train" in names) == (command == "validate")
