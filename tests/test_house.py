@@ -15,7 +15,7 @@ LAYERS = [
     {"names", "memory", "files", "progress", "wheels", "data.groups", "data.roles", "data.batches"},
     {"sites", "replacements", "embedded", "recovery.checkpoints"},
     {"families", "data.text"},
-    {"surgery", "head", "data.packing"},
+    {"surgery", "head", "data.packing", "sharding"},
     {
         "loading",
         "moments",

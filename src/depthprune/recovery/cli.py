@@ -126,7 +126,12 @@ def run(arguments: Sequence[str]) -> None:
     Args:
         arguments: the command line, the subcommand first.
     """
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # they are the command line's
+    for message in (
+        "LightningCLI's args parameter",  # they are the command line's
+        r"\.fit\(ckpt_path=\"last\"\) is set, but there is no last checkpoint",  # the first run
+        "Checkpoint directory .* exists and is not empty",  # the run before, or our lock
+    ):
+        warnings.filterwarnings("ignore", message=message)
     RecoveryCLI(
         RecoveryModule,
         TextDataModule,

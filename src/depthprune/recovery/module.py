@@ -24,7 +24,8 @@ from depthprune.names import unknown_name
 from depthprune.recovery.checkpoint_io import WholeCheckpointIO
 from depthprune.recovery.closed_form import calibrate_on
 from depthprune.recovery.objectives import OBJECTIVES
-from depthprune.recovery.resume import check_checkpoint, fit_settings, run_settings
+from depthprune.recovery.resume import check_checkpoint, fit_settings, number_optimizer_states, run_settings
+from depthprune.sharding import shard_blocks
 from depthprune.sites import PruningPlan
 from depthprune.surgery import (
     check_plan,
@@ -40,8 +41,6 @@ EXPECTED_WARNINGS = (
     r"Your `IterableDataset` has `__len__` defined",  # the stream's length is exact
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning on a newer torch
     r"The '.*_dataloader' does not have many workers",  # one worker is as fast as the tokenizer needs
-    r'`\.fit\(ckpt_path="last"\)` is set, but there is no last checkpoint',  # the first run
-    r"Checkpoint directory .* exists and is not empty",  # the run before
 )
 
 
@@ -109,10 +108,19 @@ class RecoveryModule(LightningModule):
         return module
 
     def setup(self, stage: str) -> None:
-        """Silence warnings about what is so on purpose."""
+        """Silence warnings about what is so on purpose, and see to it that checkpoints are single, whole files.
+
+        Raises:
+            ValueError: the strategy writes its checkpoints in pieces.
+        """
         for message in EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         strategy = self.trainer.strategy
+        if getattr(strategy, "_save_distributed_checkpoint", False):
+            raise ValueError(
+                f"{type(strategy).__name__} would write a folder for each checkpoint, although adapters are small: set "
+                "its save_distributed_checkpoint to false."
+            )
         if type(strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin of the user's is left alone
             strategy.checkpoint_io = WholeCheckpointIO()
 
@@ -136,6 +144,8 @@ class RecoveryModule(LightningModule):
             self.model.activation_checkpointing_enable()
             for block in Anatomy.of(self.model).blocks:
                 block.training = True  # transformers recomputes only such blocks; the dropouts inside stay off
+        if self.device_mesh is not None:
+            shard_blocks(self.model, self.device_mesh)
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -154,7 +164,9 @@ class RecoveryModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Calibrate, and choose the seed of dropout."""
-        self.calibrate()
+        restored_later = self.trainer.strategy.restore_checkpoint_after_setup and self.trainer.ckpt_path
+        if not restored_later:
+            self.calibrate()
         if self._dropout_seed is None:
             self._dropout_seed = torch.initial_seed()
 
@@ -309,6 +321,7 @@ class RecoveryModule(LightningModule):
             "fit_settings": fit_settings(self),
             "dropout_seed": self._dropout_seed,
         }
+        number_optimizer_states(self, checkpoint, saving=True)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume with other settings than the run was started with.
@@ -317,6 +330,7 @@ class RecoveryModule(LightningModule):
             ValueError: the checkpoint is none of depthprune's, or a setting differs.
         """
         check_checkpoint(self, checkpoint)
+        number_optimizer_states(self, checkpoint, saving=False)
         self._dropout_seed = checkpoint["depthprune"]["dropout_seed"]
 
     def _datamodule(self) -> Any:

@@ -64,6 +64,28 @@ def check_checkpoint(module: Any, checkpoint: Mapping[str, Any]) -> None:
         _check_same(saved["fit_settings"], fit_settings(module))
 
 
+def number_optimizer_states(module: Any, checkpoint: dict[str, Any], saving: bool) -> None:
+    """Number the parameters in a checkpoint's optimizer states by their place among all parameters of the module.
+
+    That is how Lightning's ModelParallelStrategy numbers them; the others count those that are trained. With one
+    numbering in the file, a run of one layout goes on in the other.
+
+    Args:
+        module: a RecoveryModule.
+        checkpoint: changed in place.
+        saving: whether it will be written (otherwise it was just read).
+    """
+    if module.device_mesh is not None:
+        return
+    names = [name for name, _ in module.named_parameters()]
+    places = [place for place, name in enumerate(names) if ".replacement." in name]
+    new = dict(enumerate(places)) if saving else {place: number for number, place in enumerate(places)}
+    for state in checkpoint.get("optimizer_states", ()):
+        state["state"] = {new[number]: values for number, values in state["state"].items()}
+        for group in state["param_groups"]:
+            group["params"] = [new[number] for number in group["params"]]
+
+
 def _check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     for name, value in now.items():
         if saved.get(name) != value:
