@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from depthprune.callbacks.forgetting import ForgettingMonitor
@@ -42,7 +45,7 @@ def texts(workshop: Workshop) -> TextDataModule:
     )
 
 
-def trainer(*callbacks: Callback, steps: int = 4) -> Trainer:
+def trainer(*callbacks: Callback, steps: int = 4, **settings: Any) -> Trainer:
     return Trainer(
         accelerator="cpu",
         devices=1,
@@ -50,10 +53,10 @@ def trainer(*callbacks: Callback, steps: int = 4) -> Trainer:
         val_check_interval=2,
         num_sanity_val_steps=0,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=list(callbacks),
+        **{"enable_checkpointing": False, **settings},
     )
 
 
@@ -185,16 +188,46 @@ def test_nothing_to_train(workshop: Workshop, settings: dict[str, Any]) -> None:
     trainer().validate(module, texts(workshop), verbose=False)  # can be scored all the same
 
 
-def test_a_loss_that_is_not_finite_names_the_step(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_loss_that_is_not_finite_is_reported(
+    workshop: Workshop, tmp_path: Path, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     objective = module_module.OBJECTIVES["language_modelling"]
-    seen: list[int] = []
+    seen: list[Any] = []
 
     def broken(model: Any, batch: Any) -> Tensor:
-        seen.append(1)
+        seen.append(batch)
         return objective(model, batch) * (float("nan") if len(seen) == 3 else 1.0)
 
     monkeypatch.setitem(module_module.OBJECTIVES, "language_modelling", broken)
-    with pytest.raises(ValueError, match="The loss is nan at step 2: lower the learning rate"):
+    module = recovery(workshop)
+    keeper = ModelCheckpoint(tmp_path, every_n_train_steps=1)
+    with pytest.raises(ValueError, match=r"The loss is nan at step 2, on .*: lower the learning rate") as caught:
+        trainer(*([keeper] if kept else []), enable_checkpointing=kept).fit(module, texts(workshop))
+    sentence = str(caught.value)
+    assert len(seen) == 3
+    assert all(bool(parameter.isfinite().all()) for parameter in replacement_parameters(module.causal_lm))
+    good = f"the last good checkpoint is {keeper.best_model_path}"
+    assert (good if kept else "no checkpoint was saved yet") in sentence
+
+    rows = [json.loads(line)["text"] for line in workshop.text.read_text().splitlines()]
+    named = [rows[int(row)] for row in re.findall(rf"{re.escape(str(workshop.text))}, row (\d+)", sentence)]
+    tokenizer = load(workshop.model)[1]
+    words = str(tokenizer.decode(seen[2]["input_ids"].flatten())).replace("<|endoftext|>", " ").split()
+    inner = [word for word in words if any(word in text.split() for text in named)]
+    assert len(named) == len(set(seen[2]["documents"].flatten().tolist()))
+    assert len(inner) >= len(words) - 2 * len(seen[2]["input_ids"])  # all but words that a sequence cuts
+
+
+def test_gradients_that_are_not_finite_are_reported(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = module_module.OBJECTIVES["language_modelling"]
+
+    def broken(model: Any, batch: Any) -> Tensor:
+        adapter = next(iter(replacement_parameters(model)))
+        return objective(model, batch) + (adapter.sum() * 0).sqrt()  # 0, with an infinite slope
+
+    monkeypatch.setitem(module_module.OBJECTIVES, "language_modelling", broken)
+    with pytest.raises(ValueError, match=r"The gradients are not finite at step 0.*no checkpoint was saved yet"):
         trainer().fit(recovery(workshop), texts(workshop))
 
 

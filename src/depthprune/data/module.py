@@ -1,10 +1,12 @@
 """The text of a run as a LightningDataModule: four roles, named validation domains."""
 
 import re
+from collections.abc import Sequence
 
 from lightning.pytorch import LightningDataModule
 
 from depthprune.data.batches import Batches
+from depthprune.data.origins import document_origins
 from depthprune.data.packing import PackingSpec, pack
 from depthprune.data.streaming import PackedStream, StreamLoader, stream_loader
 from depthprune.data.text import RoleShares, Text, TextSource, open_text, role_documents
@@ -143,6 +145,12 @@ class TextDataModule(LightningDataModule):
     def test_dataloader(self) -> dict[str, Batches]:
         """The *test* role of every domain, the training text first."""
         return self._evaluation("test", self.test_sequences)
+
+    def training_documents(self, numbers: Sequence[int]) -> list[str]:
+        """Where the documents of a training batch stand: a file and a row for each number in ``documents``."""
+        self.setup()
+        origins = document_origins(self._texts[self.text.title], "fit", self.shares, numbers)
+        return [str(origin) for origin in origins]
 
     @property
     def spec(self) -> PackingSpec:

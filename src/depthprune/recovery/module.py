@@ -9,22 +9,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import LightningModule
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from depthprune.data.batches import Batches
-from depthprune.evaluation.domains import DocumentLoss, DomainLoss, document_loss
 from depthprune.families import Anatomy, unpruned_fingerprint
-from depthprune.head import Batch, token_losses
+from depthprune.head import Batch
 from depthprune.loading import load
 from depthprune.names import unknown_name
 from depthprune.recovery.checkpoint_io import WholeCheckpointIO
 from depthprune.recovery.closed_form import calibrate_on
+from depthprune.recovery.divergence import divergence, document_numbers, gradients_are_finite
 from depthprune.recovery.objectives import OBJECTIVES
 from depthprune.recovery.resume import check_checkpoint, fit_settings, number_optimizer_states, run_settings
+from depthprune.recovery.scoring import DomainScoring
 from depthprune.sharding import shard_blocks
 from depthprune.sites import PruningPlan
 from depthprune.surgery import (
@@ -33,7 +32,6 @@ from depthprune.surgery import (
     open_slots,
     replacement_parameters,
     replacement_state,
-    switched,
 )
 
 EXPECTED_WARNINGS = (
@@ -44,7 +42,7 @@ EXPECTED_WARNINGS = (
 )
 
 
-class RecoveryModule(LightningModule):
+class RecoveryModule(DomainScoring):
     """Trains the replacements of one pruning plan.
 
     Args:
@@ -76,7 +74,6 @@ class RecoveryModule(LightningModule):
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
-        self.model: PreTrainedModel | None = None
         if objective not in OBJECTIVES:
             raise unknown_name("objective", objective, OBJECTIVES)
         if options and replacement is None:
@@ -89,9 +86,8 @@ class RecoveryModule(LightningModule):
         self.make_scheduler = scheduler
         self.strict_loading = False  # checkpoints lack the base on purpose; load_state_dict checks the rest itself
         self.is_calibrated = False
-        self.domain_metrics: dict[str, DocumentLoss] = {}
-        self._start: dict[str, DomainLoss] = {}
         self._dropout_seed: int | None = None
+        self._diverged: tuple[float, list[int]] | None = None  # a loss that is not finite, and its documents
         self.start_step: int | None = None  # where training began or went on
 
     @classmethod
@@ -147,17 +143,11 @@ class RecoveryModule(LightningModule):
         if self.device_mesh is not None:
             shard_blocks(self.model, self.device_mesh)
 
-    @property
-    def causal_lm(self) -> PreTrainedModel:
-        """The model with its slots; there once :meth:`configure_model` ran."""
-        assert self.model is not None
-        return self.model
-
     def calibrate(self) -> None:
         """Start from the emulated update, measured on the data module's calibration text, unless already restored."""
         if self.is_calibrated:
             return
-        datamodule = self._datamodule()
+        datamodule = self.text_data()
         self.print(f"Calibrating the mean updates of {len(self.plan.sites)} sites.")
         calibrate_on(self.causal_lm, self.plan, datamodule.calibration_dataloader())
         self.is_calibrated = True
@@ -194,85 +184,25 @@ class RecoveryModule(LightningModule):
         """The objective on one batch."""
         loss = OBJECTIVES[self.hparams["objective"]](self.causal_lm, batch)
         if not torch.isfinite(loss):
-            raise ValueError(
-                f"The loss is {loss.item()} at step {self.global_step}: lower the learning rate. "
-                "The last checkpoint is good."
-            )
+            self._diverged = (loss.item(), document_numbers(batch))
         self.log("4_training/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
         self.log("4_training/learning_rate", optimizer.param_groups[0]["lr"])
         return loss
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the last validation's sums."""
-        self._start_domains(self.trainer.val_dataloaders or {})
-
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch to its domain's loss."""
-        self._add_to_domain(batch, dataloader_idx)
-
-    def on_test_epoch_start(self) -> None:
-        """Forget the last test's sums."""
-        self._start_domains(self.trainer.test_dataloaders or {})
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch to its domain's loss."""
-        self._add_to_domain(batch, dataloader_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the losses of all domains."""
-        self._log_domains()
-
-    def on_test_epoch_end(self) -> None:
-        """Log the losses of all domains."""
-        self._log_domains()
-
-    def domain_losses(self) -> dict[str, DomainLoss]:
-        """The losses of the validation or test that just ended, by domain, pooled over processes."""
-        return {name: metric.domain_loss() for name, metric in self.domain_metrics.items()}
-
-    def losses_at(self, position: str, loaders: Mapping[str, Batches]) -> dict[str, DomainLoss]:
-        """The losses of another variant of the same weights.
-
-        Args:
-            position: what the slots are switched to, one of ``depthprune.surgery.POSITIONS``.
-            loaders: batches by domain.
-        """
-        with switched(self.causal_lm, position):
-            return {
-                name: document_loss(self.causal_lm, loader, loader.document_count) for name, loader in loaders.items()
-            }
-
-    def start_losses(self) -> dict[str, DomainLoss]:
-        """The losses of every validation set before the first step, measured once for all callbacks.
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stop before weights are spoilt.
 
         Raises:
-            ValueError: the run is past its first step.
+            ValueError: the loss or a gradient is not finite.
         """
-        if self.global_step:
-            raise ValueError(
-                "A monitor cannot be added to a resumed run, because it compares with the start: drop it, or start "
-                "anew without --ckpt_path."
-            )
-        if not self._start:
-            self.print("Scoring every validation set before the first step.")
-            self._start = self.losses_at("replacement", self._datamodule().val_dataloader())
-        return self._start
-
-    def _start_domains(self, loaders: Mapping[str, Batches]) -> None:
-        self.domain_metrics = {
-            name: DocumentLoss(loader.document_count).to(self.device) for name, loader in loaders.items()
-        }
-
-    def _add_to_domain(self, batch: Batch, dataloader_idx: int) -> None:
-        metric = list(self.domain_metrics.values())[dataloader_idx]
-        metric.update(token_losses(self.causal_lm, batch), batch)
-
-    def _log_domains(self) -> None:
-        for name, loss in self.domain_losses().items():
-            for figure in ("loss", "perplexity", "bits_per_byte"):
-                self.log(f"3_domains/{name}/{figure}", getattr(loss, figure), sync_dist=True)
+        is_scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # passes over such steps itself
+        if self._diverged is None and (is_scaled or gradients_are_finite(replacement_parameters(self.causal_lm))):
+            return
+        loss, numbers = self._diverged or (None, [])
+        documents = self.text_data().training_documents(numbers) if numbers else []
+        raise divergence(loss, self.global_step, documents, self.trainer)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the replacements' parameters, and its schedule by steps.
@@ -332,9 +262,3 @@ class RecoveryModule(LightningModule):
         check_checkpoint(self, checkpoint)
         number_optimizer_states(self, checkpoint, saving=False)
         self._dropout_seed = checkpoint["depthprune"]["dropout_seed"]
-
-    def _datamodule(self) -> Any:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if datamodule is None or not hasattr(datamodule, "calibration_dataloader"):
-            raise ValueError("Give the Trainer a TextDataModule: the replacements are calibrated on its text.")
-        return datamodule
