@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer, seed_everything
+from lightning import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -62,6 +63,17 @@ class Training:
             built = build_replacement(self.replacement, causal_lm.config.hidden_size, self.options)
         if built is None or not list(built.parameters()):
             raise ValueError(f"training.replacement {self.replacement!r} has nothing to train: use low_rank_adapter.")
+
+
+class StepsBar(RichProgressBar):
+    """Lightning's bar, for a training that is counted in steps."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training"
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> Any:
+        """Without the name of the run, which is printed above the bar."""
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
 @contextmanager
@@ -130,6 +142,7 @@ def train_rung(
                 OverfittingMonitor(),
                 ForgettingMonitor(),
                 LastCheckpoint(run_folder),
+                StepsBar(),
             ],
         )
         trainer.fit(module, datamodule=text, ckpt_path=str(last) if last.exists() else None)
