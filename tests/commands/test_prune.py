@@ -105,7 +105,7 @@ def test_a_plan_from_a_file_and_a_second_pruning(workshop: Workshop, tmp_path: P
         (["--influence", "absent.json", "--remove", 1], "Cannot read an influence table from absent.json"),
         (["--plan", "SCORES"], "is not a pruning plan"),
         (["--checkpoint", "SCORES"], "Cannot read the checkpoint"),
-        (["--checkpoint", "absent.ckpt"], "Cannot read the checkpoint absent.ckpt"),
+        (["--checkpoint", "absent.ckpt"], "There is no checkpoint absent.ckpt"),
         (["--sites", "[block.1]", "--text.path", "nowhere", "--replacement", "emulated_update"], "Unknown text"),
     ],
 )
