@@ -100,7 +100,9 @@ def streams(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, tu
     Blocks are seen by hooks, and so is the stream between attention and MLP, at the module that reads it. Where both
     read the same stream, the block is run again with nothing in the other's place.
     """
-    here = ARCHITECTURES[model.config.model_type]
+    middle_name = ARCHITECTURES[model.config.model_type].middle
+    if not getattr(model.config, "use_parallel_residual", True):
+        middle_name = "post_attention_layernorm"
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     found: dict[str, tuple[Tensor, Tensor]] = {}
     middle: dict[int, Tensor] = {}
@@ -117,7 +119,7 @@ def streams(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, tu
         def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             start, end = (args[0] if args else kwargs["hidden_states"])[mask], output[mask]
             found[f"block.{index}"] = (start, end)
-            if here.middle is None:
+            if middle_name is None:
                 for kind, other in (("attention", "mlp"), ("mlp", "attention")):
                     undo = put_in_place(model, block, other, NOTHING)
                     found[f"{kind}.{index}"] = (start, type(block).forward(block, *args, **kwargs)[mask])
@@ -129,8 +131,8 @@ def streams(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, tu
         return hook
 
     for index, block in enumerate(blocks_of(model)):
-        if here.middle is not None:
-            module = block.get_submodule(here.middle)
+        if middle_name is not None:
+            module = block.get_submodule(middle_name)
             handles.append(module.register_forward_pre_hook(see_middle(index), with_kwargs=True))
         handles.append(block.register_forward_hook(see_block(index), with_kwargs=True))
     with torch.no_grad():

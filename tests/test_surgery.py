@@ -75,6 +75,17 @@ def test_swapped_and_removed_models_equal_the_reference(family: str, sites: str,
     assert len(surgery.base_state(model)) == len(kept)
 
 
+def test_gpt_neox_without_parallel_residual() -> None:
+    model, text = tiny_model("gpt_neox", use_parallel_residual=False), calibration()
+    assert not Anatomy.of(model).is_parallel
+    assert Anatomy.of(tiny_model("gpt_neox")).is_parallel
+    plan, original = plans.make_plan("halves", "emulated_update"), copy.deepcopy(model)
+    expected = Expected(plans.reference_for(original, "halves", "emulated_update", {}, text))
+    with swapped(model, plan, text):
+        expected.check(model)
+    expected.check(prune(model, plan, text))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mixed_replacements_and_a_run_in_one_plan(family: str) -> None:
     model, text = tiny_model(family), calibration()

@@ -36,11 +36,12 @@ def in_two_processes(*arguments: object) -> str:
     return done.stdout
 
 
-def test_scoring(workshop: Workshop, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "model_parallel"])
+def test_scoring(workshop: Workshop, tmp_path: Path, strategy: str) -> None:
     arguments: list[object] = ["influence", "--model", workshop.model, "--text.path", workshop.text]
     arguments += ["--sequence_length", LENGTH, "--sequences", 7, "--batch_size", 2, "--accelerator", "cpu"]
     assert run(*arguments, "--output", tmp_path / "one") == 0
-    flags = ["--devices", 2, "--strategy", "ddp", "--output", tmp_path / "two"]
+    flags = ["--devices", 2, "--strategy", strategy, "--output", tmp_path / "two"]
     assert in_two_processes(*arguments, *flags).count("Wrote influence.json") == 1
     one, two = (InfluenceTable.load(tmp_path / name / "influence.json") for name in ("one", "two"))
     assert two.provenance == one.provenance

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from depthprune.sites import KINDS, Fingerprint, PruningPlan, Site
@@ -316,6 +317,7 @@ def unpruned_fingerprint(model: PreTrainedModel) -> Fingerprint:
     for name, tensor in sorted(model.state_dict().items()):
         if ".replacement." in name:
             continue
-        row = tensor if tensor.dim() < 2 else tensor[0]
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        row = whole if whole.dim() < 2 else whole[0]
         digest.update(row.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return Fingerprint(architecture_of(model.config), digest.hexdigest()[:16])

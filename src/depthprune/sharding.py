@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning.fabric.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
@@ -29,3 +30,10 @@ def shard_blocks(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     for block in Anatomy.of(model).blocks:
         # each block is a root of its own, and a root would keep its gathered parameters until the backward pass
         fully_shard(block, mesh=mesh["data_parallel"], reshard_after_forward=True)
+
+
+def model_parallel(processes: int) -> ModelParallelStrategy:
+    """Fabric's strategy under which :func:`shard_blocks` spreads a model over all processes."""
+    return ModelParallelStrategy(
+        parallelize_fn=lambda model, mesh: model, data_parallel_size=processes, tensor_parallel_size=1
+    )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.strategies import ModelParallelStrategy
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from depthprune.data.module import TextDataModule
@@ -18,6 +19,7 @@ from depthprune.influence.static import STATIC_METRICS, estimate_influence
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
 from depthprune.progress import tracked
+from depthprune.sharding import model_parallel, shard_blocks
 from depthprune.sites import KINDS
 
 
@@ -63,10 +65,14 @@ def influence(
         attn_implementation: sdpa, eager, flash_attention_2, ...
         accelerator: as in Lightning's Fabric.
         devices: processes, one for each device.
-        strategy: as in Lightning's Fabric.
+        strategy: as in Lightning's Fabric; model_parallel spreads each block over the processes.
     """
     make_folder(output)
-    fabric = Fabric(accelerator=accelerator, devices=devices, strategy=strategy)
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=devices,
+        strategy=model_parallel(devices) if strategy == "model_parallel" else strategy,
+    )
     fabric.launch()
     if fabric.is_global_zero:
         print(f"Scoring {', '.join(kinds)} sites of {model} on {sequences} sequences of {text.path}.", flush=True)
@@ -75,6 +81,8 @@ def influence(
     )
     if device_map is None:
         torch.nn.Module.to(causal_lm, fabric.device)
+    if isinstance(fabric.strategy, ModelParallelStrategy):
+        shard_blocks(causal_lm, fabric.strategy.device_mesh)
     data = TextDataModule(
         tokenizer=model,
         revision=revision,
