@@ -85,8 +85,11 @@ def test_exit_codes(
     assert run("list") == 130
     assert "goes on from what is saved" in capsys.readouterr().err
     failing[:] = [RuntimeError("a bug")]
-    with pytest.raises(RuntimeError, match="a bug"):
-        run("list")
+    assert run("list") == 1
+    assert capsys.readouterr().err == "depthprune: RuntimeError: a bug (DEPTHPRUNE_DEBUG=1 shows the traceback)\n"
+    failing[:] = [ImportError("flash_attn is not installed")]
+    assert run("list") == 2
+    assert "flash_attn is not installed: change the setting." in capsys.readouterr().err
     monkeypatch.setenv("DEPTHPRUNE_DEBUG", "1")
     failing[:] = [ValueError("seen with its traceback")]
     with pytest.raises(ValueError, match="seen with its traceback"):

@@ -113,7 +113,7 @@ def test_folders_are_new_or_empty(tmp_path: Path) -> None:
     assert everything(tmp_path) == {"empty", "empty/file"}
     with pytest.raises(ValueError, match="is not empty"), whole_folder(tmp_path / "empty"):
         pass
-    with pytest.raises(ValueError, match="Cannot write"), whole_folder(tmp_path / "empty" / "file"):
+    with pytest.raises(ValueError, match="is a file: name a folder"), whole_folder(tmp_path / "empty" / "file"):
         pass
     assert everything(tmp_path) == {"empty", "empty/file"}
 

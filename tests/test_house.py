@@ -15,9 +15,9 @@ LAYERS = [
     {"names", "memory", "files", "progress", "wheels", "data.groups", "data.roles", "data.batches"},
     {"sites", "replacements", "embedded", "recovery.checkpoints"},
     {"families", "data.text"},
-    {"surgery", "head", "data.packing", "data.origins", "sharding"},
+    {"surgery", "head", "data.packing", "data.origins", "devices"},
     {
-        "loading",
+        "removal",
         "moments",
         "data.streaming",
         "influence.table",
@@ -28,8 +28,8 @@ LAYERS = [
         "recovery.resume",
         "callbacks.last_checkpoint",
     },
-    {"data.module", "influence.static", "recovery.closed_form", "recovery.scoring", "plotting"},
-    {"pruning", "recovery.module"},
+    {"loading", "influence.static", "recovery.closed_form", "recovery.scoring", "plotting"},
+    {"data.module", "pruning", "recovery.module"},
     {"recovery.cli", "callbacks.forgetting", "callbacks.recorder"},
     {"callbacks.overfitting"},
     {"recovery.rung"},
@@ -40,6 +40,7 @@ LAYERS = [
     {"commands.catalogue", "commands.fetch", "commands.influence", "commands.prune"},
     {"study"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 DRAWS_ITSELF = ("influence.table", "figures")  # InfluenceTable.plot, imported when it is called

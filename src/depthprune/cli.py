@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             raise unknown_name("command", command, [*COMMANDS, *LIGHTNING])
     except ArgumentError as error:
-        return _refuse(f"{(error.message or str(error)).rstrip('.')}: see depthprune {command} --help.")
+        return _refuse(f"{_readable(error.message or str(error))}: see depthprune {command} --help.")
     except (ValueError, OSError) as error:
         if os.environ.get("DEPTHPRUNE_DEBUG"):
             raise
@@ -83,7 +84,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = "interrupted" if is_interrupt else "asked to stop"
         print(f"depthprune: {what}; the same command goes on from what is saved.", file=sys.stderr)
         return 128 + int(signal.SIGINT if is_interrupt else signal.SIGTERM)
+    except Exception as error:
+        if os.environ.get("DEPTHPRUNE_DEBUG"):
+            raise
+        return _unexpected(error)
     return 0
+
+
+def _readable(message: str) -> str:
+    """What the parser complains of, with what to do where its own words do not tell."""
+    message = message.rstrip(". ")
+    if "Unable to load config" in message and "text" in message:
+        return f"{message}; a text is named by text.path, such as --text.path xsum"
+    if "typing.Sequence" in message or "list[" in message or "Expected a List" in message:
+        return f"{message}; a list is written [a, b]"
+    return message
+
+
+def _unexpected(error: Exception) -> int:
+    """What is left: settings that a library refuses in its own way, and faults of ours."""
+    text = " ".join(str(error).split()) or repr(error)
+    last = traceback.extract_tb(error.__traceback__)[-1].filename
+    is_setting = type(error).__name__ == "MisconfigurationException" or isinstance(error, ImportError)
+    if is_setting or (isinstance(error, TypeError) and "jsonargparse" in last):
+        return _refuse(f"{text.rstrip('.')}: change the setting.")
+    print(f"depthprune: {type(error).__name__}: {text} (DEPTHPRUNE_DEBUG=1 shows the traceback)", file=sys.stderr)
+    return 1
 
 
 def _refuse(message: str) -> int:

@@ -1,5 +1,6 @@
 """Files that are whole or not there: written under a temporary name, then renamed."""
 
+import errno
 import json
 import os
 import shutil
@@ -43,6 +44,8 @@ def make_folder(folder: Path | str) -> Path:
     Raises:
         ValueError: it cannot be made, or cannot be written to.
     """
+    if not str(folder):
+        raise ValueError("The output folder has no name: give one, such as checkpoints/mine.")
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +115,34 @@ def _umask() -> int:
 
 
 def _cannot_write(path: Path, error: OSError) -> ValueError:
-    return ValueError(f"Cannot write {path}: {error.strerror or error}. Free some space or name another place.")
+    is_full = error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+    remedy = "Free some space or name another place." if is_full else "Name another place."
+    return ValueError(f"Cannot write {_shown(path)}: {error.strerror or error}. {remedy}")
+
+
+def _shown(path: Path) -> str:
+    """A path for a message, also where it is no text or very long."""
+    text = str(path).encode("utf-8", "replace").decode("utf-8")
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def check_new_folder(folder: Path | str) -> Path:
+    """Make sure that a folder can be written anew.
+
+    Raises:
+        ValueError: it has no name, is a file, or is not empty.
+    """
+    if not str(folder):
+        raise ValueError("The output folder has no name: give one, such as checkpoints/mine.")
+    folder = Path(folder)
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"The folder {folder} is not empty: remove it, or name another one.")
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file: name a folder.")
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    return folder
 
 
 @contextmanager
@@ -122,9 +152,7 @@ def whole_folder(folder: Path | str) -> Iterator[Path]:
     Raises:
         ValueError: ``folder`` exists and is not empty, cannot be written to, or the disk is full. Nothing stays behind.
     """
-    folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"The folder {folder} is not empty: remove it, or name another one.")
+    folder = check_new_folder(folder)
     parent = make_folder(folder.parent)
     try:
         partial = Path(tempfile.mkdtemp(dir=parent, prefix=f".{folder.name}."))

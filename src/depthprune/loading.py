@@ -26,8 +26,9 @@ from depthprune import embedded
 from depthprune.families import check_supported, family_of, pruning_record, refuse_quantised
 from depthprune.files import whole_folder, write_json
 from depthprune.names import unknown_name
+from depthprune.removal import restore_structure
 from depthprune.sites import PruningPlan
-from depthprune.surgery import open_slots, restore_structure
+from depthprune.surgery import open_slots
 
 MODEL_TYPE = "depthprune"
 """``model_type`` of a folder that only depthprune opens."""
@@ -40,7 +41,7 @@ PLAN_FILE = "plan.json"
 def load(
     name: str | Path,
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     device_map: str | dict[str, Any] | None = None,
     attn_implementation: str | None = None,
@@ -57,14 +58,17 @@ def load(
     Raises:
         ValueError: there is no such model, its family is not known, or it is quantised. Code from the hub is never run.
     """
-    source = _resolve(name)
+    source = _resolve(name, revision)
     torch_dtype = parse_dtype(dtype)
+    if device_map == "meta":
+        raise ValueError("device_map is meta, which has no weights: choose auto, cpu or a device of yours.")
     config = _config_dict(source, revision)
     if config.get("model_type") == MODEL_TYPE:
         folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, revision=revision))
         model = _load_pruned(folder, config, torch_dtype, device_map, attn_implementation)
     else:
         family_of(config.get("model_type", "without model_type"))
+        _refuse_lossy_folder(name, config)
         refuse_quantised(config.get("quantization_config"))
         try:
             model = AutoModelForCausalLM.from_pretrained(
@@ -75,7 +79,7 @@ def load(
                 attn_implementation=attn_implementation,
                 trust_remote_code=False,
             )
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ImportError, AssertionError, RuntimeError) as error:
             raise ValueError(f"Cannot load the model {name}: {_first_line(error)}") from error
         check_supported(model.config)
     return model.eval(), load_tokenizer(name, revision=revision)
@@ -87,13 +91,15 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     Raises:
         ValueError: there is no such model, or it has no tokenizer.
     """
-    source = _resolve(name)
+    source = _resolve(name, revision)
     try:
         content, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
         config = _base_config(content) if content.get("model_type") == MODEL_TYPE else None
         return AutoTokenizer.from_pretrained(source, config=config, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"Cannot load the tokenizer of {name}: {_first_line(error)}") from error
+        raise ValueError(
+            f"Cannot load the tokenizer of {name} ({_first_line(error).rstrip('.:')}): save one beside the model."
+        ) from error
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path | str) -> Path:
@@ -146,23 +152,38 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fold
     return folder
 
 
-def parse_dtype(dtype: str) -> torch.dtype | str:
-    """A dtype by name, or ``"auto"``.
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    """A dtype, also by name, or ``"auto"``.
 
     Raises:
         ValueError: no such dtype, or one that a model cannot have.
     """
     names = ("float32", "bfloat16", "float16")
     if dtype == "auto":
-        return dtype
+        return "auto"
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in names:
         raise unknown_name("dtype", dtype, ["auto", *names])
     return getattr(torch, dtype)
 
 
-def _resolve(name: str | Path) -> str:
+def _refuse_lossy_folder(name: str | Path, config: dict[str, Any]) -> None:
+    """Refuse a folder that claims to be a plain model, although what stands in the removed sites is not in it."""
+    record = config.get("depthprune")
+    if record is not None and not PruningPlan.from_dict(record["plan"], f"the plan in {name}").is_plain:
+        raise ValueError(
+            f"{name} was written by save_pretrained after a pruning that only depthprune can save, so weights are "
+            "missing: write the model again with depthprune.save."
+        )
+
+
+def _resolve(name: str | Path, revision: str | None) -> str:
     """An embedded name's folder, an existing folder, or a hub name, as transformers takes it."""
     text = str(name)
+    if not text.strip():
+        raise ValueError("The model has no name: give an embedded name, a hub name or a folder.")
+    if revision is not None and (text in embedded.MODELS or Path(text).expanduser().is_dir()):
+        raise ValueError(f"revision is {revision!r}, but {text} is not on the hub and has none: leave revision out.")
     if text in embedded.MODELS:
         return str(embedded.model_folder(text))
     path = Path(text).expanduser()
@@ -213,11 +234,16 @@ def _load_pruned(
     model.requires_grad_(True)
     model.tie_weights()
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{folder}/generation_config.json is damaged: remove it, or save the model anew."
+            ) from error
     if isinstance(device_map, str) and device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
         try:
             return model.to(device_map)  # type: ignore[arg-type]
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:
             raise ValueError(f"Cannot put the model on {device_map}: {_first_line(error)}") from error
     if device_map is not None:
         if isinstance(device_map, str):

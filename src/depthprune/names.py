@@ -18,4 +18,4 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> ValueError:
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]!r}? " if near else ""
-    return ValueError(f"Unknown {what} {name!r}. {hint}Known: {', '.join(names)}.")
+    return ValueError(f"Unknown {what} {name!r}. {hint}Known: {', '.join(names) or 'none'}.")

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from depthprune.head import Batch
 from depthprune.recovery.closed_form import calibrate_on, sites_to_measure
+from depthprune.removal import remove_for_good
 from depthprune.sites import PruningPlan
-from depthprune.surgery import install_slots, remove_for_good, remove_slots
+from depthprune.surgery import install_slots, remove_slots
 
 
 @contextmanager
 def swapped(
-    model: PreTrainedModel, plan: PruningPlan, batches: Iterable[Batch] | None = None
+    model: PreTrainedModel, plan: PruningPlan | str | Path, batches: Iterable[Batch] | None = None
 ) -> Iterator[PreTrainedModel]:
     """Prune a model for the length of a block; afterwards, also after an exception, it is what it was, bit for bit.
 
     Args:
         model: the model.
-        plan: what to remove and what stands there.
+        plan: what to remove and what stands there, also as the path of its file.
         batches: text to calibrate the replacements on; needed if the plan has any.
 
     Raises:
         ValueError: the plan does not fit the model, or batches are needed and missing.
     """
+    plan = _opened(plan)
     install_slots(model, plan)
     try:
         _calibrate(model, plan, batches)
@@ -35,12 +38,14 @@ def swapped(
         remove_slots(model)
 
 
-def prune(model: PreTrainedModel, plan: PruningPlan, batches: Iterable[Batch] | None = None) -> PreTrainedModel:
+def prune(
+    model: PreTrainedModel, plan: PruningPlan | str | Path, batches: Iterable[Batch] | None = None
+) -> PreTrainedModel:
     """Prune a model for good, in place.
 
     Args:
         model: the model; its removed parts are dropped from it.
-        plan: what to remove and what stands there.
+        plan: what to remove and what stands there, also as the path of its file.
         batches: text to calibrate the replacements on; needed if the plan has any.
 
     Returns:
@@ -49,6 +54,7 @@ def prune(model: PreTrainedModel, plan: PruningPlan, batches: Iterable[Batch] | 
     Raises:
         ValueError: the plan does not fit the model, or batches are needed and missing; the model is unchanged.
     """
+    plan = _opened(plan)
     install_slots(model, plan)
     try:
         _calibrate(model, plan, batches)
@@ -57,6 +63,14 @@ def prune(model: PreTrainedModel, plan: PruningPlan, batches: Iterable[Batch] | 
         raise
     remove_for_good(model, plan)
     return model
+
+
+def _opened(plan: PruningPlan | str | Path) -> PruningPlan:
+    if isinstance(plan, str | Path):
+        return PruningPlan.load(plan)
+    if not isinstance(plan, PruningPlan):
+        raise ValueError(f'{plan!r} is not a pruning plan: make one with PruningPlan.of("block.3", "mlp.7").')
+    return plan
 
 
 def _calibrate(model: PreTrainedModel, plan: PruningPlan, batches: Iterable[Batch] | None) -> None:

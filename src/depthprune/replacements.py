@@ -7,6 +7,7 @@ and keeps it as a buffer, so that the constant can always be compared with what 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
@@ -130,4 +131,6 @@ def build_replacement(name: str, hidden_size: int, options: Mapping[str, Any]) -
         allowed, what = _TYPES.get(types[option], ((int, float), "a number"))
         if not isinstance(value, allowed) and not (value is None and types[option] == float | None):
             raise ValueError(f"The option {option} of the replacement {name} is {value!r}: give {what}.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"The option {option} of the replacement {name} is {value}: give a finite number.")
     return REPLACEMENTS[name](hidden_size, **options)

@@ -79,6 +79,8 @@ class Removal:
                     f"{', '.join(map(str, self.sites))} cannot share one replacement: "
                     "only adjacent blocks in depth order can; write a removal for each site."
                 )
+        if not isinstance(self.replacement, str):
+            raise ValueError(f"The replacement {self.replacement!r} is not a name: write none, or that of one.")
         if self.replacement == "none" and self.options:
             raise ValueError(f"The replacement 'none' takes no options, but {dict(self.options)} was given.")
 
@@ -102,6 +104,10 @@ class Fingerprint:
 
     architecture: Mapping[str, Any]
     weights: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.architecture, Mapping) or not isinstance(self.weights, str):
+            raise ValueError("A fingerprint holds an architecture by name and a hash of the weights.")
 
     def check(self, model: Fingerprint) -> None:
         """Compare with the fingerprint of the model at hand.
@@ -209,7 +215,7 @@ class PruningPlan:
             raise ValueError(f"{origin} is not a pruning plan: make one with `depthprune prune` or PruningPlan.of.")
         if data["depthprune_plan"] != PLAN_VERSION:
             raise ValueError(
-                f"{origin} is a plan of version {data['depthprune_plan']}, and this depthprune reads version "
+                f"{origin} is a plan of version {data['depthprune_plan']!r}, and this depthprune reads version "
                 f"{PLAN_VERSION}: make the plan anew."
             )
         try:

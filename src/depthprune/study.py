@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,6 +24,7 @@ from depthprune.commands.influence import write_influence
 from depthprune.data.batches import Batches
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
+from depthprune.devices import start_fabric
 from depthprune.evaluation.domains import document_loss
 from depthprune.families import Anatomy
 from depthprune.files import make_folder, only_writer, whole_file
@@ -122,6 +124,8 @@ def study(
         raise ValueError("plans is empty: name at least one, such as {kind: block, remove: 6}.")
     if metric not in STATIC_METRICS:
         raise unknown_name("metric", metric, STATIC_METRICS)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}: choose one from 0 to 2**32 - 1.")
     folder = make_folder(output)
     with only_writer(folder, "study"):
         results = StudyFile.open(folder / "study.json", config)
@@ -134,10 +138,12 @@ def study(
             f"results go to {output}.",
             flush=True,
         )
+        fabric = start_fabric(accelerator)
         causal_lm, _ = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
+        _check_counts(causal_lm, plans)
         if any(plan.train for plan in plans):
             training.check(causal_lm)
-        torch.nn.Module.to(causal_lm, Fabric(accelerator=accelerator, devices=1).device)
+        torch.nn.Module.to(causal_lm, fabric.device)
         data = TextDataModule(
             tokenizer=model,
             revision=revision,
@@ -171,6 +177,15 @@ def study(
         _finish(results, folder, model)
 
 
+def _check_counts(causal_lm: PreTrainedModel, plans: list[Removed]) -> None:
+    """Refuse plans that remove more than there is, before anything is scored."""
+    anatomy = Anatomy.of(causal_lm)
+    for plan in plans:
+        most = len(anatomy.sites((plan.kind,))) - (plan.kind == "block")  # a model keeps one block
+        if not 1 <= plan.remove <= most:
+            raise ValueError(f"The plan {plan.name} removes {plan.remove} {plan.kind} sites: choose 1 to {most}.")
+
+
 def _score(results: StudyFile, causal_lm: PreTrainedModel, data: TextDataModule, folder: Path) -> InfluenceTable:
     saved = results.get("influence")
     if saved is not None:
@@ -187,11 +202,17 @@ def _score(results: StudyFile, causal_lm: PreTrainedModel, data: TextDataModule,
 
 def _means(results: StudyFile, causal_lm: PreTrainedModel, data: TextDataModule, folder: Path) -> Mapping[Site, Tensor]:
     path = folder / "mean_updates.safetensors"
+    sites = Anatomy.of(causal_lm).sites()
     if path.exists():
-        return {Site.parse(name): mean for name, mean in load_file(path).items()}
+        try:
+            means = {Site.parse(name): mean for name, mean in load_file(path).items()}
+        except (SafetensorError, ValueError):
+            means = {}  # damaged: measured anew
+        if set(means) == set(sites):
+            return means
     batches = tracked(data.calibration_dataloader(), "Mean updates of all sites")
     with results.timed("score"):
-        means = mean_updates(causal_lm, batches, Anatomy.of(causal_lm).sites())
+        means = dict(mean_updates(causal_lm, batches, sites))
     with whole_file(path) as partial:
         save_file({str(site): mean.cpu().contiguous() for site, mean in means.items()}, partial)
     return means
@@ -256,12 +277,17 @@ def _finish(results: StudyFile, folder: Path, model: str) -> None:
     Console().print(console_table(results.content))
     print(f"Report: {report}")
     print("Next:")
-    print(f"  tensorboard --logdir {folder}/tensorboard")
+    print(f"  {shlex.join(['tensorboard', '--logdir', str(folder / 'tensorboard')])}")
     for name in list(results.content.get("training", {}))[:1]:
-        print(
-            f"  depthprune prune --model {model} --checkpoint {folder}/training/{name}/last.ckpt "
-            f"--output checkpoints/{name}"
-        )
+        command = [
+            "depthprune",
+            "prune",
+            "--model",
+            model,
+            "--checkpoint",
+            str(folder / "training" / name / "last.ckpt"),
+        ]
+        print(f"  {shlex.join([*command, '--output', f'checkpoints/{name}'])}")
     print("  depthprune fit --config configs/fit/quickstart.yaml")
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from depthprune import embedded
 from depthprune.data.module import TextDataModule
-from depthprune.families import architecture_of
+from depthprune.families import architecture_of, unpruned_fingerprint
 from depthprune.files import read_json, write_json
 
 STUDY_VERSION = 1
@@ -46,7 +46,9 @@ class StudyFile:
         content = read_json(path, "a study's results")
         if not isinstance(content, dict) or content.get("depthprune_study") != STUDY_VERSION:
             raise ValueError(f"{path} is not a study of this version: remove it, or name another output.")
-        saved = content["config"]
+        saved = content.get("config")
+        if not isinstance(saved, dict):
+            raise ValueError(f"{path} is a damaged study: it has no config. Remove it, or name another output.")
         differing = sorted(key for key in {*saved, *config} if saved.get(key) != config.get(key))
         if differing:
             raise ValueError(
@@ -70,11 +72,33 @@ class StudyFile:
         """Write the file, whole or not at all."""
         write_json(self.path, self.content)
 
+    def check_same(self, part: str, now: dict[str, str]) -> None:
+        """Put down what the study stands on, or compare with what was put down by the run before.
+
+        Args:
+            part: what it is.
+            now: hashes by name.
+
+        Raises:
+            ValueError: something has changed since.
+        """
+        before = self.content.setdefault("stands_on", {}).setdefault(part, now)
+        changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+        if changed:
+            raise ValueError(
+                f"The {part} of the study in {self.path.parent} changed since it began ({', '.join(changed)}): name "
+                "another output, or remove it."
+            )
+
     def describe(self, causal_lm: PreTrainedModel, name: str, data: TextDataModule) -> None:
         """Put down what the study stands on."""
         packages = ("depthprune", "torch", "transformers", "lightning", "datasets")
         config = self.content["config"]
         length = config["sequence_length"]
+        self.check_same("model", {name: unpruned_fingerprint(causal_lm).weights})
+        sets = {"score": data.score_dataloader(), "calibration": data.calibration_dataloader()}
+        sets |= {f"test of {domain}": batches for domain, batches in data.test_dataloader().items()}
+        self.check_same("text", {part: batches.fingerprint for part, batches in sets.items()})
         self.content.update(
             command=shlex.join(["depthprune", *sys.argv[1:]]) if Path(sys.argv[0]).stem == "depthprune" else "",
             versions={"python": platform.python_version(), **{package: version(package) for package in packages}},

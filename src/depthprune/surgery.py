@@ -1,4 +1,4 @@
-"""Slots, switching between variants, and removal for good.
+"""Slots, and switching between variants.
 
 A slot is a site's own module under a derived class that looks at a switch before it runs. The module tree, the class
 checks of transformers (outputs recorded by class, gradient checkpointing) and the keys of the base weights stay as they
@@ -20,7 +20,7 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from depthprune.families import Anatomy, pruning_record, renumber, unpruned_fingerprint
+from depthprune.families import Anatomy, pruning_record, unpruned_fingerprint
 from depthprune.names import unknown_name
 from depthprune.replacements import Replacement, build_replacement
 from depthprune.sites import PruningPlan, Site
@@ -169,11 +169,11 @@ def install_slots(model: PreTrainedModel, plan: PruningPlan) -> None:
     for removal in plan.removals:
         for site in removal.sites:
             name = removal.replacement if site == removal.sites[0] else "none"
-            _make_slots(anatomy, site, build_replacement(name, anatomy.hidden_size, removal.options))
+            make_slots(anatomy, site, build_replacement(name, anatomy.hidden_size, removal.options))
 
 
-def _make_slots(anatomy: Anatomy, site: Site, replacement: Replacement | None) -> None:
-    """Turn the modules of a site into slots, the first one with the replacement."""
+def make_slots(anatomy: Anatomy, site: Site, replacement: Replacement | None) -> None:
+    """Turn the modules of a site into slots, the first one with the replacement (see :func:`install_slots`)."""
     first, *followers = anatomy.chain(site)
     cache = anatomy.kept_blocks.index(site.index)
     _make_slot(first, site.kind, anatomy.family.cache_argument, cache, replacement)
@@ -267,81 +267,3 @@ def replacement_parameters(model: nn.Module) -> list[nn.Parameter]:
 def base_state(model: nn.Module) -> dict[str, Tensor]:
     """The base weights under their original keys, without the replacements."""
     return {key: value for key, value in model.state_dict().items() if ".replacement." not in key}
-
-
-def remove_for_good(model: PreTrainedModel, plan: PruningPlan) -> None:
-    """Drop the originals of a model whose slots were installed for this plan; the replacements stay.
-
-    Whole blocks without a replacement leave the list of blocks, everything that depends on depth is renumbered, and
-    if nothing but such blocks went, the model is a plain one. Other slots are hollowed. The model's config gets a
-    record of what went (see :func:`depthprune.families.pruning_record`).
-    """
-    anatomy = Anatomy.of(model)
-    fingerprint = unpruned_fingerprint(model)
-    record = pruning_record(model)
-    done = PruningPlan.from_dict(record["plan"]) if record else PruningPlan(())
-    whole = done.followed_by(plan) if record else plan
-    for slot in open_slots(model).values():
-        assert isinstance(slot, nn.Module)
-        _hollow(slot)
-    model.config.depthprune = {
-        "plan": whole.to_dict(),
-        "kept_blocks": list(_kept_blocks(whole, anatomy.block_count)),
-        "unpruned": {"architecture": dict(fingerprint.architecture), "weights": fingerprint.weights},
-    }
-    _compact(anatomy)
-
-
-def restore_structure(model: PreTrainedModel, record: dict[str, Any]) -> None:
-    """Give a fresh model of the pruned config (renumbered already) the hollow slots that its record names.
-
-    Used when a pruned folder is opened; the weights are loaded afterwards.
-    """
-    model.config.depthprune = record
-    anatomy = Anatomy.of(model)
-    plan = PruningPlan.from_dict(record["plan"])
-    for removal in plan.removals:
-        for site in removal.sites:
-            if site.index in anatomy.kept_blocks:
-                name = removal.replacement if site == removal.sites[0] else "none"
-                _make_slots(anatomy, site, build_replacement(name, anatomy.hidden_size, removal.options))
-                for module in anatomy.chain(site):
-                    _hollow(module)
-
-
-def _kept_blocks(plan: PruningPlan, block_count: int) -> Iterator[int]:
-    """The blocks that stay in the list: all but the removed ones in which no replacement stands."""
-    gone = {
-        site.index
-        for removal in plan.removals
-        for site in removal.sites
-        if site.kind == "block" and (removal.replacement == "none" or site != removal.sites[0])
-    }
-    return (index for index in range(block_count) if index not in gone)
-
-
-def _hollow(slot: nn.Module) -> None:
-    """Drop everything in a slot but its replacement."""
-    assert isinstance(slot, Slot)
-    slot.is_hollow = True
-    slot.slot_position = "none" if slot.replacement is None else "replacement"
-    for name in [child for child in slot._modules if child != "replacement"]:
-        del slot._modules[name]
-    slot._parameters.clear()
-    slot._buffers.clear()
-
-
-def _compact(before: Anatomy) -> None:
-    """Take the blocks that the record does not keep out of the model, and renumber what depends on depth."""
-    model, family = before.model, before.family
-    kept = [before.kept_blocks.index(index) for index in model.config.depthprune["kept_blocks"]]
-    modules = [before.blocks[position] for position in kept]
-    parent_name, _, name = family.blocks.rpartition(".")
-    setattr(model.get_decoder().get_submodule(parent_name), name, nn.ModuleList(modules))
-    for position, block in enumerate(modules):
-        for module in block.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = position  # type: ignore[assignment]
-            if isinstance(module, Slot):
-                module.cache_index = position
-    renumber(model.config, family, kept)

@@ -102,7 +102,7 @@ def test_an_output_below_a_file(workshop: Workshop, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     sentence = refusal(*command(workshop, tmp_path / "file" / "scores"))
     assert "Cannot write" in sentence
-    assert "name another place" in sentence
+    assert "Name another place" in sentence
     assert (tmp_path / "file").read_text() == "mine"
 
 

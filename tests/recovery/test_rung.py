@@ -114,7 +114,7 @@ def test_bad_settings() -> None:
         Training(learning_rate=0.0)
     model = tiny_model()
     Training(options={"rank": 4}).check(model)
-    with pytest.raises(ValueError, match="'emulated_update' has nothing to train: use low_rank_adapter"):
+    with pytest.raises(ValueError, match="emulated_update has nothing to train: use low_rank_adapter"):
         Training(replacement="emulated_update", options={}).check(model)
     with pytest.raises(ValueError, match="nothing to train"):
         Training(replacement="none", options={}).check(model)

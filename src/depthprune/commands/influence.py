@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from lightning.fabric.strategies import ModelParallelStrategy
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
+from depthprune.devices import shard_blocks, start_fabric
 from depthprune.figures import influence_figure, write_figure
 from depthprune.files import make_folder
 from depthprune.influence.static import STATIC_METRICS, estimate_influence
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
 from depthprune.progress import tracked
-from depthprune.sharding import model_parallel, shard_blocks
 from depthprune.sites import KINDS
 
 
@@ -68,12 +68,7 @@ def influence(
         strategy: as in Lightning's Fabric; model_parallel spreads each block over the processes.
     """
     make_folder(output)
-    fabric = Fabric(
-        accelerator=accelerator,
-        devices=devices,
-        strategy=model_parallel(devices) if strategy == "model_parallel" else strategy,
-    )
-    fabric.launch()
+    fabric = start_fabric(accelerator, devices, strategy)
     if fabric.is_global_zero:
         print(f"Scoring {', '.join(kinds)} sites of {model} on {sequences} sequences of {text.path}.", flush=True)
     causal_lm, _ = load(
@@ -107,11 +102,14 @@ def influence(
     table = estimate_influence(causal_lm, batches, metrics, kinds, denominator, leave_out_massive, about)
     if fabric.is_global_zero:
         write_influence(table, Path(output))
-        next_command = (
-            f"depthprune prune --model {model} --influence {output}/influence.json --metric {metrics[0]} "
-            f"--kinds '[{kinds[0]}]' --remove 6 --output checkpoints/pruned"
-        )
-        print(f"Wrote influence.json, .csv, .png and a TensorBoard figure to {output}.\nNext: {next_command}")
+        few = max(1, min(6, len(table.sites) // len(kinds) // 2))
+        next_command = [
+            *("depthprune", "prune", "--model", model, "--influence", str(Path(output) / "influence.json")),
+            *("--metric", metrics[0], "--kinds", f"[{kinds[0]}]", "--remove", str(few)),
+            *("--output", "checkpoints/pruned"),
+        ]
+        print(f"Wrote influence.json, .csv, .png and a TensorBoard figure to {output}.")
+        print(f"Next: {shlex.join(next_command)}")
 
 
 def write_influence(table: InfluenceTable, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,28 +11,29 @@ import torch
 
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
-from depthprune.families import unpruned_fingerprint
-from depthprune.files import make_folder
+from depthprune.families import pruning_record, unpruned_fingerprint
+from depthprune.files import check_new_folder, make_folder
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import PLAN_FILE, load, save
 from depthprune.progress import tracked
 from depthprune.pruning import prune as prune_model
 from depthprune.recovery.checkpoints import read_checkpoint
 from depthprune.recovery.closed_form import sites_to_measure
+from depthprune.removal import remove_for_good
 from depthprune.sites import PruningPlan
-from depthprune.surgery import check_plan, install_slots, remove_for_good, replacement_state
+from depthprune.surgery import check_plan, install_slots, replacement_state
 
 
 def prune(
     model: str,
     output: str,
     influence: str | None = None,
-    metric: str = "cosine",
-    kinds: Sequence[str] = ("block",),
+    metric: str | None = None,
+    kinds: Sequence[str] | None = None,
     remove: int | None = None,
     sites: Sequence[str] | None = None,
     plan: str | None = None,
-    replacement: str = "none",
+    replacement: str | None = None,
     options: dict[str, Any] | None = None,
     checkpoint: str | None = None,
     plan_only: bool = False,
@@ -54,12 +56,12 @@ def prune(
         model: an embedded model's name, a hub name or a folder.
         output: folder for the pruned model, with its plan.json; must not exist or be empty.
         influence: influence.json of `depthprune influence`.
-        metric: the table's metric; the sites of lowest influence go.
-        kinds: kinds of site to remove: block, attention, mlp.
+        metric: the table's metric, cosine if not given; the sites of lowest influence go.
+        kinds: kinds of site to remove, from a table: block (if not given), attention, mlp.
         remove: how many sites to remove.
         sites: site names, such as [block.12, attention.3].
         plan: a plan's JSON file.
-        replacement: none, emulated_update or low_rank_adapter; with a plan or checkpoint: theirs.
+        replacement: none (if not given), emulated_update or low_rank_adapter; a plan and a checkpoint have their own.
         options: the replacement's options, such as {rank: 16}.
         checkpoint: a checkpoint of `depthprune fit`: its plan and its trained replacements.
         plan_only: write only plan.json.
@@ -78,6 +80,11 @@ def prune(
         raise ValueError(
             f"Name the plan's source once: influence, sites, plan or checkpoint; given: {', '.join(given) or 'none'}."
         )
+    flags = {"metric": metric, "kinds": kinds, "remove": remove, "replacement": replacement, "options": options}
+    for flag, value in flags.items():
+        if value is not None and flag not in FLAGS[given[0]]:
+            raise ValueError(f"{flag} does not go with {given[0]}, which has its own: leave one of the two out.")
+    check_new_folder(output)
     trained = read_checkpoint(checkpoint) if checkpoint else None
     causal_lm, tokenizer = load(model, dtype=dtype, revision=revision, device_map=device_map)
     if trained is not None:
@@ -88,18 +95,19 @@ def prune(
         if remove is None:
             raise ValueError("Say how many sites to remove: --remove N.")
         table = InfluenceTable.load(influence)
-        chosen = table.plan(metric, kinds, remove, replacement, **(options or {}))
+        chosen = table.plan(metric or "cosine", kinds or ("block",), remove, replacement or "none", **(options or {}))
     else:
-        chosen = PruningPlan.of(*(sites or ()), replacement=replacement, **(options or {}))
+        chosen = PruningPlan.of(*(sites or ()), replacement=replacement or "none", **(options or {}))
         chosen = PruningPlan(chosen.removals, unpruned_fingerprint(causal_lm), {"by": "hand"})
     if not chosen.sites:
         raise ValueError("The plan removes nothing: name at least one site, such as block.12.")
     check_plan(causal_lm, chosen)
+    was_pruned = pruning_record(causal_lm) is not None
     print(f"Removing {', '.join(map(str, chosen.sites))} from {model}.", flush=True)
     if plan_only:
         make_folder(output)
         chosen.save(Path(output) / PLAN_FILE)
-        print(f"Wrote the plan to {output}/{PLAN_FILE}.\nNext: {_fit_command(model, output)}")
+        print(f"Wrote the plan to {Path(output) / PLAN_FILE}.\nNext: {_fit_command(model, output)}")
         return
     if trained is not None:
         install_slots(causal_lm, chosen)
@@ -122,10 +130,22 @@ def prune(
             batches = tracked(data.calibration_dataloader(), "Calibrating")
         prune_model(causal_lm, chosen, batches)
     save(causal_lm, tokenizer, output)
-    opener = "AutoModelForCausalLM.from_pretrained" if chosen.is_plain else "depthprune.load"
+    record = pruning_record(causal_lm)
+    assert record is not None
+    is_plain = PruningPlan.from_dict(record["plan"]).is_plain
+    opener = "AutoModelForCausalLM.from_pretrained" if is_plain else "depthprune.load"
     parameters = sum(parameter.numel() for parameter in causal_lm.parameters())
     print(f"Wrote the pruned model ({parameters / 1e6:.1f}M parameters) to {output}: open it with {opener}.")
-    print(f"Next: {_fit_command(model, output)}")
+    print(f"Next: {_score_command(output) if was_pruned else _fit_command(model, output)}")
+
+
+FLAGS: dict[str, tuple[str, ...]] = {
+    "influence": ("metric", "kinds", "remove", "replacement", "options"),
+    "sites": ("replacement", "options"),
+    "plan": (),
+    "checkpoint": (),
+}
+"""What may be said beside each source of a plan."""
 
 
 def _sources(
@@ -135,7 +155,13 @@ def _sources(
 
 
 def _fit_command(model: str, output: str) -> str:
-    return f"depthprune fit --config configs/fit/quickstart.yaml --model.base {model} --model.plan {output}/{PLAN_FILE}"
+    command = ["depthprune", "fit", "--config", "configs/fit/quickstart.yaml", "--model.base", model]
+    return shlex.join([*command, "--model.plan", str(Path(output) / PLAN_FILE)])
+
+
+def _score_command(output: str) -> str:
+    command = ["depthprune", "influence", "--config", "configs/influence/quickstart.yaml", "--model", output]
+    return shlex.join([*command, "--output", f"{output.rstrip('/')}-influence"])
 
 
 def _take_replacements(causal_lm: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:

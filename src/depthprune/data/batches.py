@@ -1,5 +1,6 @@
 """Sequences that are held in memory, as batches."""
 
+import hashlib
 import math
 from collections.abc import Iterator
 
@@ -41,6 +42,11 @@ class Batches:
     def token_count(self) -> int:
         """How many tokens the sequences hold, in all processes together."""
         return self.sequences["input_ids"].numel()
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any token."""
+        return hashlib.sha256(self.sequences["input_ids"].numpy().tobytes()).hexdigest()[:16]
 
     def __len__(self) -> int:
         """Number of batches, the same in every process."""

@@ -147,6 +147,8 @@ def estimate_influence(
     Raises:
         ValueError: an unknown metric, kind or denominator, or no token at all.
     """
+    metrics, kinds = ((names,) if isinstance(names, str) else names for names in (metrics, kinds))
+    batches = [batches] if isinstance(batches, Mapping) else batches
     for kind in kinds:
         if kind not in KINDS:
             raise unknown_name("kind of site", kind, KINDS)

@@ -92,6 +92,10 @@ class InfluenceTable:
         Raises:
             ValueError: unknown metric or kind, or more to remove than there is.
         """
+        if not kinds:
+            raise ValueError("kinds is empty: name at least one of block, attention, mlp.")
+        if remove < 1:
+            raise ValueError(f"Cannot remove {remove} sites: ask for 1 or more.")
         order = self.order(metric, kinds)
         chosen: list[Site] = []
         for site in order:
@@ -99,7 +103,7 @@ class InfluenceTable:
                 break
             if not any(site.index == other.index and "block" in (site.kind, other.kind) for other in chosen):
                 chosen.append(site)
-        if remove < 1 or len(chosen) < remove:
+        if len(chosen) < remove:
             raise ValueError(f"Cannot remove {remove} of {len(order)} {' and '.join(kinds)} sites: choose fewer.")
         provenance = {**self.provenance, "metric": metric, "kinds": list(kinds)}
         return PruningPlan(
@@ -146,6 +150,8 @@ class InfluenceTable:
                 metric: {Site.parse(site): float(value) for site, value in column.items()}
                 for metric, column in data["values"].items()
             }
+            if not values:
+                raise ValueError("it holds no metric")
             fingerprint = Fingerprint(data["fingerprint"]["architecture"], data["fingerprint"]["weights"])
             return cls(values, fingerprint, data["provenance"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from depthprune.devices import shard_blocks
 from depthprune.families import Anatomy, unpruned_fingerprint
 from depthprune.head import Batch
 from depthprune.loading import load
@@ -24,7 +25,6 @@ from depthprune.recovery.divergence import divergence, document_numbers, gradien
 from depthprune.recovery.objectives import OBJECTIVES
 from depthprune.recovery.resume import check_checkpoint, fit_settings, number_optimizer_states, run_settings
 from depthprune.recovery.scoring import DomainScoring
-from depthprune.sharding import shard_blocks
 from depthprune.sites import PruningPlan
 from depthprune.surgery import (
     check_plan,

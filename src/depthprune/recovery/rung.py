@@ -60,9 +60,10 @@ class Training:
             ValueError: no such replacement or option, or a replacement without parameters.
         """
         with torch.device("meta"):
-            built = build_replacement(self.replacement, causal_lm.config.hidden_size, self.options)
-        if built is None or not list(built.parameters()):
-            raise ValueError(f"training.replacement {self.replacement!r} has nothing to train: use low_rank_adapter.")
+            plain = build_replacement(self.replacement, causal_lm.config.hidden_size, {})
+            if plain is None or not list(plain.parameters()):
+                raise ValueError(f"training.replacement {self.replacement} has nothing to train: use low_rank_adapter.")
+            build_replacement(self.replacement, causal_lm.config.hidden_size, self.options)
 
 
 class StepsBar(RichProgressBar):

@@ -1,0 +1,64 @@
+"""Devices and processes: how Fabric is started, and how a model is spread over processes (FSDP2)."""
+
+from __future__ import annotations
+
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import ModelParallelStrategy
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
+
+from depthprune.families import Anatomy
+
+
+def start_fabric(accelerator: str, devices: int = 1, strategy: str = "auto") -> Fabric:
+    """Fabric on the devices that are asked for, its processes started.
+
+    Args:
+        accelerator: as in Lightning: auto, cpu, gpu, ...
+        devices: processes, one for each device.
+        strategy: as in Lightning; ``"model_parallel"`` is for a model that :func:`shard_blocks` spreads over them.
+
+    Raises:
+        ValueError: there are no such devices, or no such strategy.
+    """
+    if devices < 1:
+        raise ValueError(f"devices is {devices}: ask for 1 or more.")
+    chosen: str | ModelParallelStrategy = strategy
+    if strategy == "model_parallel":
+        chosen = ModelParallelStrategy(
+            parallelize_fn=lambda model, mesh: model, data_parallel_size=devices, tensor_parallel_size=1
+        )
+    try:
+        fabric = Fabric(accelerator=accelerator, devices=devices, strategy=chosen)
+    except (MisconfigurationException, RuntimeError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"Cannot run with accelerator={accelerator!r}, devices={devices}, strategy={strategy!r} here ({reason}): "
+            "choose others, such as --accelerator cpu."
+        ) from error
+    fabric.launch()
+    return fabric
+
+
+def shard_blocks(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Shard every block of a model, its slots and their replacements included.
+
+    Embedding, final norm and head stay whole in every process, because trunk and head are run apart from each other.
+
+    Args:
+        model: the model, its slots installed; the same in every process.
+        mesh: of Lightning's ModelParallelStrategy, with the dimensions ``data_parallel`` and ``tensor_parallel``.
+
+    Raises:
+        ValueError: the mesh asks for tensor parallelism.
+    """
+    if mesh["tensor_parallel"].size() > 1:
+        raise ValueError(
+            "depthprune shards models over the data-parallel dimension only: give the ModelParallelStrategy "
+            f"data_parallel_size={mesh.size()} and tensor_parallel_size=1."
+        )
+    for block in Anatomy.of(model).blocks:
+        # each block is a root of its own, and a root would keep its gathered parameters until the backward pass
+        fully_shard(block, mesh=mesh["data_parallel"], reshard_after_forward=True)

@@ -1,0 +1,105 @@
+"""Removal for good: the originals are dropped, and what depends on depth is renumbered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from depthprune.families import Anatomy, pruning_record, renumber, unpruned_fingerprint
+from depthprune.replacements import build_replacement
+from depthprune.sites import PruningPlan
+from depthprune.surgery import Slot, make_slots, open_slots
+
+
+def remove_for_good(model: PreTrainedModel, plan: PruningPlan) -> None:
+    """Drop the originals of a model whose slots were installed for this plan; the replacements stay.
+
+    Whole blocks without a replacement leave the list of blocks, everything that depends on depth is renumbered, and
+    if nothing but such blocks went, the model is a plain one. Other slots are hollowed. The model's config gets a
+    record of what went (see :func:`depthprune.families.pruning_record`).
+    """
+    anatomy = Anatomy.of(model)
+    fingerprint = unpruned_fingerprint(model)
+    record = pruning_record(model)
+    done = PruningPlan.from_dict(record["plan"]) if record else PruningPlan(())
+    whole = done.followed_by(plan) if record else plan
+    for slot in open_slots(model).values():
+        assert isinstance(slot, nn.Module)
+        _hollow(slot)
+    model.config.depthprune = {
+        "plan": whole.to_dict(),
+        "kept_blocks": list(_kept_blocks(whole, anatomy.block_count)),
+        "unpruned": {"architecture": dict(fingerprint.architecture), "weights": fingerprint.weights},
+    }
+    _compact(anatomy)
+    _guard_saving(model, whole)
+
+
+def restore_structure(model: PreTrainedModel, record: dict[str, Any]) -> None:
+    """Give a fresh model of the pruned config (renumbered already) the hollow slots that its record names.
+
+    Used when a pruned folder is opened; the weights are loaded afterwards.
+    """
+    model.config.depthprune = record
+    anatomy = Anatomy.of(model)
+    plan = PruningPlan.from_dict(record["plan"])
+    for removal in plan.removals:
+        for site in removal.sites:
+            if site.index in anatomy.kept_blocks:
+                name = removal.replacement if site == removal.sites[0] else "none"
+                make_slots(anatomy, site, build_replacement(name, anatomy.hidden_size, removal.options))
+                for module in anatomy.chain(site):
+                    _hollow(module)
+    _guard_saving(model, plan)
+
+
+def _guard_saving(model: PreTrainedModel, plan: PruningPlan) -> None:
+    """Keep ``save_pretrained`` from writing a folder in which weights are missing without a word."""
+    model.__dict__.pop("save_pretrained", None)
+    if not plan.is_plain:
+        setattr(model, "save_pretrained", _refuse_save_pretrained)  # noqa: B010 -- over a method
+
+
+def _refuse_save_pretrained(*_: Any, **__: Any) -> None:
+    raise ValueError("save_pretrained cannot write what stands in this model's removed sites: use depthprune.save.")
+
+
+def _kept_blocks(plan: PruningPlan, block_count: int) -> Iterator[int]:
+    """The blocks that stay in the list: all but the removed ones in which no replacement stands."""
+    gone = {
+        site.index
+        for removal in plan.removals
+        for site in removal.sites
+        if site.kind == "block" and (removal.replacement == "none" or site != removal.sites[0])
+    }
+    return (index for index in range(block_count) if index not in gone)
+
+
+def _hollow(slot: nn.Module) -> None:
+    """Drop everything in a slot but its replacement."""
+    assert isinstance(slot, Slot)
+    slot.is_hollow = True
+    slot.slot_position = "none" if slot.replacement is None else "replacement"
+    for name in [child for child in slot._modules if child != "replacement"]:
+        del slot._modules[name]
+    slot._parameters.clear()
+    slot._buffers.clear()
+
+
+def _compact(before: Anatomy) -> None:
+    """Take the blocks that the record does not keep out of the model, and renumber what depends on depth."""
+    model, family = before.model, before.family
+    kept = [before.kept_blocks.index(index) for index in model.config.depthprune["kept_blocks"]]
+    modules = [before.blocks[position] for position in kept]
+    parent_name, _, name = family.blocks.rpartition(".")
+    setattr(model.get_decoder().get_submodule(parent_name), name, nn.ModuleList(modules))
+    for position, block in enumerate(modules):
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = position  # type: ignore[assignment]
+            if isinstance(module, Slot):
+                module.cache_index = position
+    renumber(model.config, family, kept)
