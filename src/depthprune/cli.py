@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import pairwise
 
 from depthprune.memory import keep_freed_memory
 
@@ -70,10 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             raise unknown_name("command", command, [*COMMANDS, *LIGHTNING])
     except ArgumentError as error:
-        return _refuse(f"{_readable(error.message or str(error))}: see depthprune {command} --help.")
+        return _refuse(f"{_readable(error.message or str(error), rest)}: see depthprune {command} --help.")
     except (ValueError, OSError) as error:
         if os.environ.get("DEPTHPRUNE_DEBUG"):
             raise
+        if isinstance(error, UnicodeDecodeError):
+            return _refuse(f"{_config_files(rest) or 'A file'} is not text in UTF-8: name another one.")
         return _refuse(str(error) or repr(error))
     except (KeyboardInterrupt, SystemExit) as leaving:
         # Lightning makes an exit of an interrupt, and an exit without a code of a SIGTERM
@@ -91,12 +94,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _readable(message: str) -> str:
+def _config_files(arguments: Sequence[str]) -> str:
+    """The configuration files of a command line."""
+    after = [value for flag, value in pairwise(arguments) if flag in ("--config", "-c")]
+    return ", ".join(after + [part.partition("=")[2] for part in arguments if part.startswith("--config=")])
+
+
+def _readable(message: str, arguments: Sequence[str]) -> str:
     """What the parser complains of, with what to do where its own words do not tell."""
     message = message.rstrip(". ")
+    if message.startswith(("Unexpected config", "Problems parsing config")):
+        return f"{_config_files(arguments)} is not a YAML file with a value for each option ({message})"
     if "Unable to load config" in message and "text" in message:
         return f"{message}; a text is named by text.path, such as --text.path xsum"
-    if "typing.Sequence" in message or "list[" in message or "Expected a List" in message:
+    if "Sequence'>" in message or "<class 'list'>" in message:
         return f"{message}; a list is written [a, b]"
     return message
 
@@ -105,8 +116,9 @@ def _unexpected(error: Exception) -> int:
     """What is left: settings that a library refuses in its own way, and faults of ours."""
     text = " ".join(str(error).split()) or repr(error)
     last = traceback.extract_tb(error.__traceback__)[-1].filename
-    is_setting = type(error).__name__ == "MisconfigurationException" or isinstance(error, ImportError)
-    if is_setting or (isinstance(error, TypeError) and "jsonargparse" in last):
+    if isinstance(error, TypeError) and "jsonargparse" in last:
+        return _refuse(f"A setting with parts of its own got a single value ({text}): write it as {{part: value}}.")
+    if type(error).__name__ == "MisconfigurationException" or isinstance(error, ImportError):
         return _refuse(f"{text.rstrip('.')}: change the setting.")
     print(f"depthprune: {type(error).__name__}: {text} (DEPTHPRUNE_DEBUG=1 shows the traceback)", file=sys.stderr)
     return 1

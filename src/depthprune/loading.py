@@ -24,7 +24,7 @@ from transformers import (
 
 from depthprune import embedded
 from depthprune.families import check_supported, family_of, pruning_record, refuse_quantised
-from depthprune.files import whole_folder, write_json
+from depthprune.files import check_new_folder, whole_folder, write_json
 from depthprune.names import unknown_name
 from depthprune.removal import restore_structure
 from depthprune.sites import PruningPlan
@@ -120,7 +120,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fold
     if open_slots(model):
         raise ValueError("The model's sites can still be switched: remove them for good with depthprune.prune first.")
     record = pruning_record(model)
-    folder = Path(folder)
+    folder = check_new_folder(folder)
     with whole_folder(folder) as partial:
         if record is None or PruningPlan.from_dict(record["plan"]).is_plain:
             model.save_pretrained(partial)

@@ -84,7 +84,9 @@ def test_both_halves_of_a_block_become_the_block() -> None:
 
 @pytest.mark.parametrize("remove", [0, -1, 5])
 def test_impossible_numbers(remove: int) -> None:
-    with pytest.raises(ValueError, match=f"Cannot remove {remove} (of 4 block sites: choose fewer|sites: ask for 1 or more)"):
+    with pytest.raises(
+        ValueError, match=f"Cannot remove {remove} (of 4 block sites: choose fewer|sites: ask for 1 or more)"
+    ):
         table().plan("cosine", ["block"], remove=remove)
 
 

@@ -95,7 +95,9 @@ def prune(
         if remove is None:
             raise ValueError("Say how many sites to remove: --remove N.")
         table = InfluenceTable.load(influence)
-        chosen = table.plan(metric or "cosine", kinds or ("block",), remove, replacement or "none", **(options or {}))
+        chosen = table.plan(
+            metric or "cosine", ("block",) if kinds is None else kinds, remove, replacement or "none", **(options or {})
+        )
     else:
         chosen = PruningPlan.of(*(sites or ()), replacement=replacement or "none", **(options or {}))
         chosen = PruningPlan(chosen.removals, unpruned_fingerprint(causal_lm), {"by": "hand"})
