@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from depthprune import head
+from depthprune.data.batches import restarting_positions
 from depthprune.head import hidden_states, on_device, predicted_mask, token_losses
 from tests.brute_force import exact_copy
-from tests.tiny_models import FAMILIES, tiny_batch, tiny_model
+from tests.tiny_models import FAMILIES, attentions, tiny_batch, tiny_model, tokens
 
 
 def exact_losses(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -81,3 +82,28 @@ def test_batches_go_where_the_model_takes_its_input() -> None:
     moved = list(on_device([tiny_batch("left"), tiny_batch()], model))  # type: ignore[arg-type]
     assert [set(batch) for batch in moved] == [{"input_ids", "attention_mask"}, {"input_ids"}]
     assert all(tensor.device.type == "meta" for batch in moved for tensor in batch.values())
+
+
+PARTS = (7, 5, 9)  # tokens of the documents of a sequence
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"), [(family, name) for family in FAMILIES for name in attentions(family)]
+)
+def test_documents_whose_positions_start_again_know_nothing_of_each_other(family: str, attention: str) -> None:
+    model = tiny_model(family, attn_implementation=attention)
+    documents = [tokens(2, length, seed=length) for length in PARTS]
+    numbers = torch.arange(len(PARTS)).repeat_interleave(torch.tensor(PARTS)).expand(2, -1)
+    batch = {"input_ids": torch.cat(documents, 1), "position_ids": restarting_positions(numbers)}
+    if family == "opt":
+        with pytest.raises(ValueError, match="opt cannot keep the documents of a sequence apart"):
+            token_losses(model, batch)
+        return
+    with torch.no_grad():
+        together = hidden_states(model, batch)
+        alone = torch.cat([model.get_decoder()(part, use_cache=False).last_hidden_state for part in documents], 1)
+        losses = token_losses(model, batch)[predicted_mask(batch)].sum()
+        wanted = sum(exact_losses(model, {"input_ids": part}).sum() for part in documents)
+    assert float((together - alone).abs().max()) < 1e-5
+    torch.testing.assert_close(losses.double(), wanted, rtol=1e-5, atol=1e-4)
+    assert int(predicted_mask(batch).sum()) == 2 * sum(length - 1 for length in PARTS)

@@ -54,6 +54,7 @@ class Family:
         dense_list: the config's list of blocks whose MLP is none all the same.
         logit_scale: the config's entry that the logits are multiplied by, if it has one.
         logit_cap: the config's entry beyond which the logits are bent by a tanh, if it has one.
+        restarts_positions: whether positions that start again within a sequence keep documents apart.
         requirements: values of the config that surgery relies on.
     """
 
@@ -69,6 +70,7 @@ class Family:
     dense_list: str | None = None
     logit_scale: str | None = None
     logit_cap: str | None = None
+    restarts_positions: bool = True
     requirements: tuple[Requirement, ...] = ()
 
 
@@ -110,6 +112,7 @@ FAMILIES = (
         ("opt",),
         final_norm="final_layer_norm",
         mlp=("fc1", "activation_fn", "fc2"),
+        restarts_positions=False,
         requirements=(Requirement("do_layer_norm_before", True, "its norms stand on the stream itself"),),
     ),
 )

@@ -14,24 +14,41 @@ from transformers import PreTrainedModel
 from depthprune.families import family_of
 
 Batch = Mapping[str, Tensor]
-"""``input_ids (B, T)``, and where there is padding ``attention_mask (B, T)``; may carry more."""
+"""``input_ids (B, T)``, where there is padding ``attention_mask (B, T)``, and where documents are kept apart
+``position_ids (B, T)``, which start again with each; may carry more."""
 
 CHUNK = 512  # positions whose logits are held at once
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """One forward of the trunk without cache and head: the normed last hidden states, ``(B, T, D)``."""
+    """One forward of the trunk without cache and head: the normed last hidden states, ``(B, T, D)``.
+
+    Raises:
+        ValueError: the batch has positions that start again, and the model cannot keep documents apart by them.
+    """
+    places = {}
+    if "position_ids" in batch:
+        places = {"position_ids": batch["position_ids"]}
+        if not family_of(model.config.model_type).restarts_positions:
+            raise ValueError(
+                f"{model.config.model_type} cannot keep the documents of a sequence apart by their positions: leave "
+                "restart_positions out."
+            )
     return model.get_decoder()(
-        input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False
+        input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False, **places
     ).last_hidden_state
 
 
 def predicted_mask(batch: Batch) -> Tensor:
-    """Which next tokens count, ``(B, T - 1)`` bool: those that are not padding, predicted from one that is not."""
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return torch.ones_like(batch["input_ids"][:, 1:], dtype=torch.bool)
-    return mask[:, 1:].bool() & mask[:, :-1].bool()
+    """Which next tokens count, ``(B, T - 1)`` bool: those that are not padding, predicted from one that is not.
+
+    Where positions start again with each document, nothing predicts its first token.
+    """
+    counts = torch.ones_like(batch["input_ids"][:, 1:], dtype=torch.bool)
+    if "attention_mask" in batch:
+        mask = batch["attention_mask"].bool()
+        counts = mask[:, 1:] & mask[:, :-1]
+    return counts & (batch["position_ids"][:, 1:] > 0) if "position_ids" in batch else counts
 
 
 def token_losses(model: PreTrainedModel, batch: Batch, hidden: Tensor | None = None) -> Tensor:

@@ -203,8 +203,27 @@ def test_bad_texts_are_refused_before_anything_runs(texts: Path) -> None:
 
 def test_the_training_text_among_the_domains_is_no_second_domain(texts: Path) -> None:
     source = TextSource(str(texts / "news.jsonl"))
-    assert list(data(texts, domains={"news": source, "in": source}).domains) == ["news"]
+    assert list(data(texts, domains={"news": source}).domains) == ["news"]
+    with pytest.raises(ValueError, match=r"'in' is the training text, .*'news' already: leave it out"):
+        data(texts, domains={"news": source, "in": source})
     assert list(data(texts, domains=None).val_dataloader()) == ["train", "news"]
+
+
+def test_a_domain_may_have_a_number_for_a_name(texts: Path) -> None:
+    names: Any = {1: TextSource(str(texts / "law.jsonl"))}
+    assert list(data(texts, domains=names).domains) == ["news", "1"]
+
+
+def test_fewer_sequences_than_asked_for_are_told(texts: Path) -> None:
+    with pytest.warns(UserWarning, match=r"news.jsonl \(role score\) has only \d+ of the 5000 sequences asked for"):
+        data(texts, score_sequences=5000).score_dataloader()
+
+
+def test_sequences_are_held_in_few_bytes(texts: Path) -> None:
+    batches = data(texts).score_dataloader()
+    held = sum(values.element_size() for values in batches.sequences.values())
+    assert held <= 6  # bytes for each token, 24 as int64
+    assert all(values.dtype == torch.int64 for batch in batches for values in batch.values())
 
 
 def test_from_yaml(texts: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from depthprune.data.batches import restarting_positions
 from depthprune.data.packing import Packer, PackingSpec, pack
 from depthprune.data.text import Document, Origin
 
@@ -141,3 +142,22 @@ def test_the_rest_is_state(tiny_tokenizer: PreTrainedTokenizerFast, stop: int) -
     second.load_state_dict(state)
     assert run(second, stop, 12) == after
     assert before + after == run(Packer(spec, 9), 0, 12)
+
+
+@pytest.mark.parametrize("length", [2, 7, 16])
+def test_documents_with_a_bos_of_their_own(tiny_tokenizer: PreTrainedTokenizerFast, length: int) -> None:
+    spec = PackingSpec.of(with_bos(tiny_tokenizer))
+    packed = pack(documents(), spec, length, 10_000, documents_start_with_bos=True)
+    ids, numbers = packed["input_ids"], packed["documents"]
+    assert (ids[:, 0] == 1).all()
+    starts = torch.ones_like(ids, dtype=torch.bool)
+    starts[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    assert torch.equal(ids == 1, starts)  # one BOS where a document or a sequence begins, none elsewhere
+    kept = [row[row != 1] for row in ids]
+    plain = [token for text in TEXTS for token in [*spec.encode(text)[0]]]
+    assert torch.cat(kept).tolist() == plain[: sum(map(len, kept))]
+    counts = torch.stack([packed["bytes"][numbers == number].sum() for number in range(int(numbers.max()))])
+    assert counts.tolist() == [len(text.encode()) for text in TEXTS[: len(counts)]]
+    places = restarting_positions(numbers)
+    assert torch.equal(places == 0, starts)
+    assert ((places[:, 1:] == places[:, :-1] + 1) | starts[:, 1:]).all()

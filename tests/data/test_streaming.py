@@ -256,3 +256,21 @@ def test_a_spawned_worker_gets_the_same(make: Any) -> None:
     assert [item["input_ids"].tolist() for item in copy] == expected[5:]
     loader = DataLoader(make(), batch_size=2, num_workers=1, multiprocessing_context="spawn")
     assert ids(loader) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_positions_that_start_again_resume_too(make: Any, workers: int) -> None:
+    loader = stream_loader(make(restart_positions=True), workers)
+    whole = take(loader, 9)
+    assert all(int(batch["position_ids"].min()) == 0 for batch in whole)
+    assert any(bool((batch["position_ids"][:, 1:] == 0).any()) for batch in whole)
+    first = stream_loader(make(restart_positions=True), workers)
+    taken = take(first, 4)
+    state = through_a_file(first.state_dict())
+    second = stream_loader(make(restart_positions=True), workers)
+    second.load_state_dict(state)
+    rest = take(second, 5)
+    for one, other in zip([*taken, *rest], whole, strict=True):
+        assert all(torch.equal(one[column], other[column]) for column in other)
+    with pytest.raises(ValueError, match="restart_positions True -> False"):
+        stream_loader(make(), workers).load_state_dict(state)

@@ -1,6 +1,7 @@
 import gzip
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -221,3 +222,51 @@ def test_binary_text_file(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_bytes(b"fine\n\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"Cannot read .*x\.txt"):
         texts(TextSource(str(tmp_path / "x.txt")))
+
+
+def left_out(source: TextSource) -> tuple[list[str], dict[str, int | None]]:
+    """The documents that are left, and what was skipped, by the file's name."""
+    text = open_text(source)
+    documents = [document.text for document in text.documents()]
+    return documents, {Path(file).name: count for file, count in text.skipped.items()}
+
+
+@pytest.mark.parametrize("bad", [(b"5", b"null"), (b'"\xff"', b'"\xfe"')])
+def test_bad_rows_are_skipped_and_counted_where_asked_for(tmp_path: Path, bad: tuple[bytes, ...]) -> None:
+    rows = [b'{"text": "a"}', *(b'{"text": %b}' % value for value in bad), b'{"text": "b"}']
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join(rows) + b"\n")
+    source = TextSource(str(tmp_path / "x.jsonl"), bad_rows="skip")
+    with pytest.warns(UserWarning, match=r"Left out 2 rows of .*x\.jsonl, which hold no text"):
+        documents, skipped = left_out(source)
+    assert documents == ["a", "b"]
+    assert skipped == {"x.jsonl": 2}
+    origins = [document.origin.row for document in open_text(source).documents()]
+    assert origins == [0, 3]  # rows keep their numbers, by which reading goes on
+    assert [document.text for document in open_text(source).documents(0, 2)] == ["b"]
+
+
+def test_files_that_cannot_be_read_further_are_skipped_where_asked_for(webtext: Path) -> None:
+    before = [document.text for document in open_text(TextSource(str(webtext))).documents()]
+    shards = sorted((webtext / "plain_text").glob("*.parquet"))
+    text = open_text(TextSource(str(webtext), bad_rows="skip"))
+    shards[1].unlink()  # vanishes after it was found
+    with pytest.warns(UserWarning, match=r"Left out the rest of .*train-00001-of-00003.parquet after 0 rows"):
+        after = [document.text for document in text.documents()]
+    assert {Path(file).name: count for file, count in text.skipped.items()} == {shards[1].name: None}
+    assert 0 < len(after) < len(before)
+    assert [row for row in before if row in after] == after
+
+
+def test_a_compressed_file_that_is_cut_off(tmp_path: Path) -> None:
+    packed = gzip.compress(b'{"text": "a b c d"}\n' * 50000)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "whole"}\n'))
+    (tmp_path / "b.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(ValueError, match=r"Cannot read .*b\.jsonl\.gz.*repair the file"):
+        texts(TextSource(str(tmp_path / "b.jsonl.gz")))
+    source = TextSource(str(tmp_path), files="*.jsonl.gz")
+    with pytest.raises(ValueError, match=r"Cannot read .*b\.jsonl\.gz.*set bad_rows to skip"):
+        texts(source)
+    with pytest.warns(UserWarning, match=r"Left out the rest of .*b\.jsonl\.gz"):
+        documents, skipped = left_out(replace(source, bad_rows="skip"))
+    assert documents[0] == "whole"
+    assert skipped == {"b.jsonl.gz": None}

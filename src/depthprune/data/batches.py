@@ -16,6 +16,25 @@ def world_and_rank() -> tuple[int, int]:
     return 1, 0
 
 
+def _compact(values: Tensor) -> Tensor:
+    """Whole numbers in the smallest type that holds them."""
+    largest = int(values.max()) if values.numel() else 0
+    kinds = (torch.uint8, torch.int16, torch.int32)
+    return values.to(next((kind for kind in kinds if largest <= torch.iinfo(kind).max), torch.int64))
+
+
+def restarting_positions(documents: Tensor) -> Tensor:
+    """The place of each token in its document, counted from 0 within the sequence.
+
+    Args:
+        documents: each token's document, ``(T,)`` or ``(B, T)``; a document's tokens stand together.
+    """
+    places = torch.arange(documents.shape[-1]).expand_as(documents)
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[..., 1:] = documents[..., 1:] != documents[..., :-1]
+    return places - torch.where(starts, places, 0).cummax(-1).values
+
+
 class Batches:
     """Sequences in memory, served in order as batches; over several processes each sequence counts once.
 
@@ -25,13 +44,15 @@ class Batches:
     if that is 1).
 
     Args:
-        sequences: columns of shape ``(N, T)``.
+        sequences: columns of shape ``(N, T)``, held in the smallest integers that they fit in.
         batch_size: sequences in a batch.
+        restart_positions: serve ``position_ids`` that start again with each document.
     """
 
-    def __init__(self, sequences: dict[str, Tensor], batch_size: int) -> None:
-        self.sequences = sequences
+    def __init__(self, sequences: dict[str, Tensor], batch_size: int, restart_positions: bool = False) -> None:
+        self.sequences = {column: _compact(values) for column, values in sequences.items()}
         self.batch_size = batch_size
+        self.restart_positions = restart_positions
 
     @property
     def document_count(self) -> int:
@@ -46,17 +67,20 @@ class Batches:
     @property
     def fingerprint(self) -> str:
         """Changes with any token."""
-        return hashlib.sha256(self.sequences["input_ids"].numpy().tobytes()).hexdigest()[:16]
+        return hashlib.sha256(self.sequences["input_ids"].long().numpy().tobytes()).hexdigest()[:16]
 
     def __len__(self) -> int:
         """Number of batches, the same in every process."""
         return self._split()[1]
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Batches of this process, columns of shape ``(B, T)``."""
+        """Batches of this process, int64 columns of shape ``(B, T)``."""
         mine, batches = self._split()
         for indices in mine.tensor_split(batches):
-            yield {column: values[indices] for column, values in self.sequences.items()}
+            batch = {column: values[indices].long() for column, values in self.sequences.items()}
+            if self.restart_positions:
+                batch["position_ids"] = restarting_positions(batch["documents"])
+            yield batch
 
     def _split(self) -> tuple[Tensor, int]:
         """The indices of this process's sequences, and the number of batches."""

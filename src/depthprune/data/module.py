@@ -1,6 +1,7 @@
 """The text of a run as a LightningDataModule: four roles, named validation domains."""
 
 import re
+import warnings
 from collections.abc import Sequence
 
 from lightning.pytorch import LightningDataModule
@@ -36,6 +37,8 @@ class TextDataModule(LightningDataModule):
         evaluation_sequences: at most so many in each validation set.
         test_sequences: at most so many in each test set; as many as in a validation set if not given.
         shares: which share of the documents each role gets.
+        restart_positions: keep the documents of a sequence apart: positions start again with each, and it attends to
+            itself alone.
         shuffle_buffer: how many training documents wait to be drawn.
         num_workers: processes that prepare training batches, for each training process.
         seed: of the order of training documents; which role a document has does not depend on it.
@@ -58,6 +61,7 @@ class TextDataModule(LightningDataModule):
         evaluation_sequences: int = 32,
         test_sequences: int | None = None,
         shares: RoleShares = RoleShares(),  # noqa: B008 (frozen)
+        restart_positions: bool = False,
         shuffle_buffer: int = 1000,
         num_workers: int = 0,
         seed: int = 0,
@@ -89,6 +93,7 @@ class TextDataModule(LightningDataModule):
         self.evaluation_sequences = evaluation_sequences
         self.test_sequences = evaluation_sequences if test_sequences is None else test_sequences
         self.shares = shares
+        self.restart_positions = restart_positions
         self.shuffle_buffer = shuffle_buffer
         self.num_workers = num_workers
         self.seed = seed
@@ -126,6 +131,7 @@ class TextDataModule(LightningDataModule):
             shares=self.shares,
             seed=self.seed,
             shuffle_buffer=self.shuffle_buffer,
+            restart_positions=self.restart_positions,
         )
         return stream_loader(stream, self.num_workers)
 
@@ -169,15 +175,26 @@ class TextDataModule(LightningDataModule):
             spec = self.spec
             documents = role_documents(self._texts[domain], role, self.shares)
             what = f"The text {self.domains[domain].path} (role {role})"
-            self._sets[key] = Batches(pack(documents, spec, self.sequence_length, limit, what), self.batch_size)
+            restarts = self.restart_positions
+            sequences = pack(documents, spec, self.sequence_length, limit, what, restarts)
+            found = len(sequences["input_ids"])
+            if found < limit:
+                warnings.warn(f"{what} has only {found} of the {limit} sequences asked for.", stacklevel=2)
+            self._sets[key] = Batches(sequences, self.batch_size, restarts)
         return self._sets[key]
 
 
 def _domains(text: TextSource, others: dict[str, TextSource]) -> dict[str, TextSource]:
     """All evaluation texts by name, the training text first under its own."""
+    others = {str(name): source for name, source in others.items()}
     for name, source in others.items():
         if name == TRAIN or not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(f"A domain cannot be named {name!r}: choose another name of letters, digits and -_.")
         if name == text.title and source != text:
             raise ValueError(f"The domain {name!r} has the name of the training text: choose another name.")
-    return {text.title: text, **{name: source for name, source in others.items() if source != text}}
+        if source == text and name != text.title:
+            raise ValueError(
+                f"The domain {name!r} is the training text, which is scored as the domain {text.title!r} already: "
+                "leave it out."
+            )
+    return {text.title: text, **others}

@@ -75,10 +75,13 @@ class Packer:
     Args:
         spec: the model's wishes.
         sequence_length: tokens in a sequence, BOS included.
+        documents_start_with_bos: documents get a BOS of their own, for positions that start again with each; a
+            sequence that begins with one needs no other.
     """
 
-    def __init__(self, spec: PackingSpec, sequence_length: int) -> None:
+    def __init__(self, spec: PackingSpec, sequence_length: int, documents_start_with_bos: bool = False) -> None:
         self.spec = spec
+        self._own_bos = documents_start_with_bos and spec.bos is not None
         self._body = sequence_length - (spec.bos is not None)
         assert self._body >= 1
         self._rest: dict[str, list[int]] = {column: [] for column in COLUMNS}
@@ -91,6 +94,9 @@ class Packer:
     def add(self, number: int, text: str) -> None:
         """Append a document; ``number`` is what its tokens get in ``documents``."""
         ids, sizes = self.spec.encode(text)
+        if self._own_bos:
+            assert self.spec.bos is not None
+            ids, sizes = [self.spec.bos, *ids], [0, *sizes]
         new = {"input_ids": ids, "documents": [number] * len(ids), "bytes": sizes}
         self._rest = {column: values[self._taken :] + new[column] for column, values in self._rest.items()}
         self._taken = 0
@@ -102,12 +108,15 @@ class Packer:
             ``input_ids``, ``documents`` and ``bytes``, each int64 of shape ``(T,)``. BOS belongs to the document that
             follows and has no bytes.
         """
-        if len(self) < self._body:
+        has_bos = self._own_bos and len(self) > 0 and self._rest["bytes"][self._taken] == 0
+        has_bos = has_bos and self._rest["input_ids"][self._taken] == self.spec.bos
+        length = self._body + has_bos
+        if len(self) < length:
             return None
-        end = self._taken + self._body
+        end = self._taken + length
         taken = {column: values[self._taken : end] for column, values in self._rest.items()}
         self._taken = end
-        if self.spec.bos is not None:
+        if self.spec.bos is not None and not has_bos:
             first = {"input_ids": self.spec.bos, "documents": taken["documents"][0], "bytes": 0}
             taken = {column: [first[column], *values] for column, values in taken.items()}
         return {column: torch.tensor(values) for column, values in taken.items()}
@@ -123,7 +132,12 @@ class Packer:
 
 
 def pack(
-    documents: Iterable[Document], spec: PackingSpec, sequence_length: int, limit: int, what: str = "the text"
+    documents: Iterable[Document],
+    spec: PackingSpec,
+    sequence_length: int,
+    limit: int,
+    what: str = "the text",
+    documents_start_with_bos: bool = False,
 ) -> dict[str, Tensor]:
     """The first sequences of a text, in memory; what does not fill the last one is left out.
 
@@ -133,6 +147,7 @@ def pack(
         sequence_length: T, BOS included.
         limit: at most so many sequences.
         what: the text's name, for the error.
+        documents_start_with_bos: see :class:`Packer`.
 
     Returns:
         ``input_ids``, ``documents`` and ``bytes``, each int64 of shape ``(N, T)``.
@@ -140,7 +155,7 @@ def pack(
     Raises:
         ValueError: there are fewer tokens than one sequence needs.
     """
-    packer = Packer(spec, sequence_length)
+    packer = Packer(spec, sequence_length, documents_start_with_bos)
     sequences: list[dict[str, Tensor]] = []
     for number, document in enumerate(documents):
         packer.add(number, document.text)

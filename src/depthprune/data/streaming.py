@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from depthprune.data.batches import world_and_rank
+from depthprune.data.batches import restarting_positions, world_and_rank
 from depthprune.data.packing import Packer, PackingSpec, too_short
 from depthprune.data.text import Document, RoleShares, Text, role_documents
 
@@ -127,6 +127,7 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         shares: of the roles.
         seed: of the order.
         shuffle_buffer: how many documents wait to be drawn.
+        restart_positions: serve ``position_ids`` that start again with each document.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         shares: RoleShares | None = None,
         seed: int = 0,
         shuffle_buffer: int = 1000,
+        restart_positions: bool = False,
     ) -> None:
         shares = shares or RoleShares()
         self.sequences = sequences
@@ -148,7 +150,8 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         self._what = f"The text {text.source.path} (role {role})"
         self._length = sequence_length
         self._documents = ShuffledDocuments(text, role, shares, seed, shuffle_buffer)
-        self._packer = Packer(spec, sequence_length)
+        self._packer = Packer(spec, sequence_length, restart_positions)
+        self._restart_positions = restart_positions
         self._drawn = 0  # sequences, since the first epoch began
         self._epoch = -1
         self._restored = False
@@ -161,6 +164,7 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
             "sequences": sequences,
             "seed": seed,
             "shuffle_buffer": shuffle_buffer,
+            "restart_positions": restart_positions,
         }
 
     @property
@@ -193,7 +197,7 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         return {**self._stream, "global batch": self.batch_size * self._world}
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """``input_ids`` and ``documents`` of this process and worker, int64 of shape ``(T,)``."""
+        """``input_ids`` and ``documents`` of this process and worker (and ``position_ids``), int64 ``(T,)``."""
         len(self)
         if not self._restored:
             self._epoch += 1
@@ -231,7 +235,10 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
             if (position // batch) % workers == worker:
                 sequences = [self._draw() for _ in range(self._world)]
                 sequence = sequences[self._rank]
-                yield {column: sequence[column] for column in ("input_ids", "documents")}
+                served = {column: sequence[column] for column in ("input_ids", "documents")}
+                if self._restart_positions:
+                    served["position_ids"] = restarting_positions(sequence["documents"])
+                yield served
             else:
                 self._draw()
 

@@ -7,6 +7,8 @@ ours, so that reading can go on exactly where it stopped.
 import glob
 import re
 import unicodedata
+import warnings
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from json import loads
@@ -15,7 +17,7 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
-from datasets import IterableDataset, load_dataset_builder
+from datasets import DatasetBuilder, IterableDataset, load_dataset_builder
 from torch.utils.data import get_worker_info
 
 from depthprune import embedded
@@ -26,6 +28,7 @@ _FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "t
 _COMPRESSED = (".gz",)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _ROWS_AT_ONCE = 1000
+BAD_ROWS = ("error", "skip")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class TextSource:
         column: where the text is (embedded texts know theirs).
         group_column: documents with the same value here have the same role (embedded texts know theirs). Without it
             only documents with the same words do.
+        bad_rows: what is done with a row whose text is missing or no text, and with the rest of a file that cannot be
+            read further: ``error``, or ``skip`` to leave them out and say how many there were.
     """
 
     path: str
@@ -51,6 +56,7 @@ class TextSource:
     files: str | list[str] | None = None
     column: str = "text"
     group_column: str | None = None
+    bad_rows: str = "error"
 
     @property
     def title(self) -> str:
@@ -88,11 +94,13 @@ class Text:
     Attributes:
         source: what was opened.
         files: the files of the split, in reading order.
+        skipped: rows that were left out so far, by file; None for a file of which the rest cannot be read.
     """
 
     def __init__(self, source: TextSource, rows: IterableDataset, files: list[str]) -> None:
         self.source = source
         self.files = files
+        self.skipped: dict[str, int | None] = {}
         self._rows = rows
         if rows.features is not None:
             self._check_columns(list(rows.features))
@@ -125,28 +133,51 @@ class Text:
         # `datasets` deals single rows over the workers of a data loader, which is done by us.
         shard = self._rows.shard(num_shards=len(self.files), index=index).with_format("arrow")
         tables = iter(shard.iter(batch_size=_ROWS_AT_ONCE))
+        self.skipped.pop(file, None)
         first = 0  # row of the file with which the table begins
         while (table := self._next_table(tables, file, first)) is not None:
             rows = range(max(start, first), first + table.num_rows)
             if rows:
                 self._check_columns(table.column_names)
                 part = table.slice(rows.start - first)
-                texts = _strings(part.column(self.source.column), file, rows.start)
+                texts = self._strings(part.column(self.source.column), file, rows.start)
                 column = self.source.group_column
                 groups = [None] * len(rows) if column is None else part.column(column).to_pylist()
                 for row, text, group in zip(rows, texts, groups, strict=True):
-                    if text.strip():
+                    if text is not None and text.strip():
                         name = _text_group(text) if group is None else str(group)
                         yield Document(text, name, Origin(file, index, row))
             first += table.num_rows
+        if skipped := self.skipped.get(file):
+            _tell(f"Left out {skipped} rows of {file}, which hold no text.")
+
+    def _strings(self, column: pa.ChunkedArray, file: str, row: int) -> list[str | None]:
+        """A column as strings, None for rows that are left out; ``row`` is the first one's place in the file."""
+        values = _plain_values(column)
+        for offset, value in enumerate(values):
+            if not isinstance(value, str):
+                if self.source.bad_rows == "skip":
+                    values[offset] = None
+                    self.skipped[file] = (self.skipped.get(file) or 0) + 1
+                    continue
+                what = "is not UTF-8" if isinstance(value, bytes) else f"is {type(value).__name__}, not a string"
+                raise ValueError(
+                    f"The text of {file}, row {row + offset} (counted from 0) {what}: repair the row, name another "
+                    "column, or set bad_rows to skip."
+                )
+        return values
 
     def _next_table(self, tables: Iterator[pa.Table], file: str, row: int) -> pa.Table | None:
         try:
             return next(tables, None)
         except Exception as error:  # whatever a damaged or missing file makes its reader raise
+            if self.source.bad_rows == "skip":
+                self.skipped[file] = None
+                _tell(f"Left out the rest of {file} after {row} rows: it cannot be read ({_first_line(error)}).")
+                return None
             raise ValueError(
                 f"Cannot read {file} of the text {self.source.path} after {row} rows ({_first_line(error)}): "
-                "repair the file, or leave it out with `files`."
+                "repair the file, leave it out with `files`, or set bad_rows to skip."
             ) from error
 
     def _check_columns(self, present: list[str]) -> None:
@@ -162,6 +193,8 @@ def open_text(source: TextSource) -> Text:
         ValueError: there is no such text, file, configuration, split or column; a file is empty; the hub cannot be
             reached; or the data set is a loading script, which ``datasets`` no longer runs.
     """
+    if source.bad_rows not in BAD_ROWS:
+        raise unknown_name("way with bad_rows", source.bad_rows, BAD_ROWS)
     source, arguments = _locate(source)
     try:
         builder = load_dataset_builder(**arguments)
@@ -172,7 +205,7 @@ def open_text(source: TextSource) -> Text:
         for file in files:
             if Path(file).is_file() and Path(file).stat().st_size == 0:
                 raise ValueError(f"{file} of the text {source.path} is empty: fetch it again, or leave it out.")
-        rows = builder.as_streaming_dataset(split=source.split)
+        rows = _streaming(builder, source, files)
         assert rows.num_shards == len(files), (rows.num_shards, files)
     except RuntimeError as error:
         if "script" not in str(error):
@@ -190,9 +223,21 @@ def open_text(source: TextSource) -> Text:
         if str(source.path) in str(error):
             raise
         raise ValueError(
-            f"Cannot open the text {source.path} ({_first_line(error)}): correct its name, split or files."
+            f"Cannot open the text {source.path} ({_first_line(error)}): correct its name, split or files, or repair "
+            "the first file."
         ) from error
     return Text(source, rows, files)
+
+
+def _streaming(builder: DatasetBuilder, source: TextSource, files: list[str]) -> IterableDataset:
+    """The rows of a split; opening it reads the beginning of its first file."""
+    try:
+        return builder.as_streaming_dataset(split=source.split)
+    except (EOFError, zlib.error) as error:  # of a compressed file that is cut off
+        raise ValueError(
+            f"Cannot read {files[0]} of the text {source.path} ({_first_line(error)}): repair the file, or leave it "
+            "out with `files`."
+        ) from error
 
 
 def read_documents(source: TextSource) -> Iterator[Document]:
@@ -215,9 +260,12 @@ def role_documents(
 
 def _locate(source: TextSource) -> tuple[TextSource, dict[str, Any]]:
     """The source with its columns filled in, and how ``load_dataset_builder`` finds it."""
+    if not source.path.strip():
+        raise ValueError("The text has no path: name an embedded text, a data set `owner/name`, a file or a folder.")
     if source.path in embedded.TEXTS:
+        _refuse_ignored(source, "is embedded and has its own", "name", "revision", "split", "files", "column")
         file = embedded.text_file(source.path)
-        known = TextSource(source.path, column="text", group_column="group")
+        known = TextSource(source.path, column="text", group_column="group", bad_rows=source.bad_rows)
         return known, {"path": "json", "data_files": {known.split: glob.escape(str(file))}}
     path = Path(source.path).expanduser()
     if path.is_file():
@@ -226,6 +274,7 @@ def _locate(source: TextSource) -> tuple[TextSource, dict[str, Any]]:
             raise ValueError(f"The text {source.path} has none of the endings {', '.join(_FORMATS)}: rename it.")
         if source.files is not None:
             raise ValueError(f"The text {source.path} is one file: leave `files` out, or name its folder.")
+        _refuse_ignored(source, "is one file and has none", "name", "revision", "split")
         return source, {"path": reader, "data_files": {source.split: glob.escape(str(path.resolve()))}}
     is_path = source.path.startswith((".", "/", "~")) or _format(path) is not None
     if not path.is_dir() and (is_path or not _HUB_NAME.fullmatch(source.path)):
@@ -245,22 +294,30 @@ def _format(path: PurePosixPath | Path) -> str | None:
     return _FORMATS.get(suffixes[-1]) if suffixes else None
 
 
-def _strings(column: pa.ChunkedArray, file: str, row: int) -> list[str]:
-    """A column as strings; ``row`` is the first one's place in the file."""
+def _plain_values(column: pa.ChunkedArray) -> list[Any]:
+    """What a column holds; bytes in place of strings that are not UTF-8."""
     try:
         values = column.to_pylist()
     except UnicodeDecodeError:
         values = [_decoded(value) for value in column]
     if isinstance(column.type, pa.JsonType):  # how `datasets` reads a column that mixes strings with other things
         values = [None if value is None else loads(value) for value in values]
-    for offset, value in enumerate(values):
-        if not isinstance(value, str):
-            what = "is not UTF-8" if isinstance(value, bytes) else f"is {type(value).__name__}, not a string"
-            raise ValueError(
-                f"The text of {file}, row {row + offset} (counted from 0) {what}: repair the row, or name another "
-                "column."
-            )
     return values
+
+
+def _refuse_ignored(source: TextSource, why: str, *names: str) -> None:
+    """Refuse settings that would be passed over without a word."""
+    default = TextSource(source.path)
+    ignored = [name for name in names if getattr(source, name) != getattr(default, name)]
+    if ignored:
+        raise ValueError(f"The text {source.path} {why}: leave {', '.join(f'text.{name}' for name in ignored)} out.")
+
+
+def _tell(message: str) -> None:
+    """Warn, once for all workers of a data loader."""
+    worker = get_worker_info()
+    if worker is None or worker.id == 0:
+        warnings.warn(message, stacklevel=2)
 
 
 def _decoded(value: pa.Scalar) -> Any:
