@@ -154,13 +154,7 @@ def test_a_pruned_model_assists_its_own_base(family: str) -> None:
     prompt = {"input_ids": tiny_batch(batch=1)["input_ids"]}
     options = {"max_new_tokens": 12, "do_sample": False}
     pruned = prune(copy.deepcopy(base), PruningPlan.of("attention.0", "block.2", "attention.5"))
-    try:
-        wanted = base.generate(**prompt, **options, assistant_model=copy.deepcopy(base))
-    except ValueError as error:  # transformers does not assist with a cache that forgets
-        with pytest.raises(ValueError, match=str(error)[:40]):
-            base.generate(**prompt, **options, assistant_model=pruned)
-        return
-    assert torch.equal(wanted, base.generate(**prompt, **options))
+    wanted = base.generate(**prompt, **options)
     assert torch.equal(base.generate(**prompt, **options, assistant_model=pruned), wanted)
 
 
