@@ -5,18 +5,21 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 import depthprune as dp
 from depthprune import cli
 from depthprune.commands import catalogue
+from depthprune.families import Anatomy
 from tests.brute_force import plain_logits
 from tests.command_line import STEPS, Workshop, fit_settings, read_checkpoint, refusal, run, write_config
-from tests.tiny_models import tiny_batch
+from tests.tiny_models import tiny_batch, tiny_model
 
 HEAVY = ("torch", "transformers", "lightning", "datasets", "numpy", "matplotlib")
 
@@ -97,8 +100,14 @@ def test_exit_codes(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_from_scores_to_a_recovered_model(workshop: Workshop, tmp_path: Path) -> None:
-    """influence, prune, fit, validate, test, prune --checkpoint, dp.load: each takes what the last one wrote."""
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_neox", "opt", "qwen3_moe"])
+def test_from_scores_to_a_recovered_model(
+    workshop: Workshop, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, family: str
+) -> None:
+    """influence, prune, fit, validate, test, prune --checkpoint, dp.load, and a second pruning: each takes the last."""
+    if family != "llama":
+        workshop = replace(workshop, model=tmp_path / "model")
+        dp.save(tiny_model(family, vocab_size=320), tiny_tokenizer, workshop.model)
     text = ["--text.path", workshop.text, "--sequence_length", 32, "--sequences", 4]
     scores, pruned, recovered = tmp_path / "scores", tmp_path / "pruned", tmp_path / "recovered"
     assert run("influence", "--model", workshop.model, "--output", scores, *text) == 0
@@ -121,4 +130,10 @@ def test_from_scores_to_a_recovered_model(workshop: Workshop, tmp_path: Path) ->
     emulated = dp.load(pruned)[0]
     assert not torch.equal(plain_logits(model, tiny_batch()), plain_logits(emulated, tiny_batch()))
     ids = tokenizer("the word of", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, ids.shape[1] + 4)
+    again = tmp_path / "again"
+    last = next(str(site) for site in Anatomy.of(model).sites(("mlp",)))
+    assert run("prune", "--model", recovered, "--sites", f"[{last}]", "--output", again) == 0
+    assert len(dp.PruningPlan.load(again / "plan.json").sites) == 3
+    model, _ = dp.load(again)
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, ids.shape[1] + 4)

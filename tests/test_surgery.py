@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -73,6 +74,24 @@ def test_swapped_and_removed_models_equal_the_reference(family: str, sites: str,
     gone = [prefix for name in (*plans.SITES[sites], *leaves) for prefix in state_prefixes(original, name)]
     kept = [key for key in before["state"] if not key.startswith(tuple(gone))]
     assert len(surgery.base_state(model)) == len(kept)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+def test_copies_and_pickles(family: str) -> None:
+    model, text, batch = tiny_model(family), calibration(), tiny_batch("left")
+    plan = plans.make_plan("mixed", "emulated_update")
+    with swapped(model, plan, text):
+        for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(plain_logits(again, batch), plain_logits(model, batch))
+            surgery.switch(again, "none")
+            assert {slot.slot_position for slot in surgery.slots(model).values()} == {"replacement"}
+            surgery.remove_slots(again)
+            assert torch.equal(plain_logits(again, batch), plain_logits(tiny_model(family), batch))
+    prune(model, plan, text)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(plain_logits(again, batch), plain_logits(model, batch))
+        with pytest.raises(ValueError, match=r"use depthprune\.save"):
+            again.save_pretrained("nowhere")
 
 
 def test_gpt_neox_without_parallel_residual() -> None:

@@ -115,10 +115,23 @@ def _slot_class(base: type[nn.Module], kind: str, cache_argument: str) -> type[n
             update = torch.zeros_like(read) if update is None else update
             return (update, None) if kind == "attention" else update
 
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return (
+                _empty_slot,
+                (base, kind, cache_argument),
+                self.__dict__,
+            )  # pickle cannot find a derived class by name
+
     SlotModule.base = base
     SlotModule.__name__ = f"{base.__name__}Slot"
     SlotModule.__qualname__ = SlotModule.__name__
     return SlotModule
+
+
+def _empty_slot(base: type[nn.Module], kind: str, cache_argument: str) -> nn.Module:
+    """What a pickled slot is filled into."""
+    made: Any = _slot_class(base, kind, cache_argument)  # type: ignore[arg-type]
+    return made.__new__(made)
 
 
 def slots(model: nn.Module) -> dict[str, Slot]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
         with whole_file(path) as partial:
             try:
                 torch.save(checkpoint, partial)
-            except RuntimeError as error:  # how torch reports a disk that is full
-                raise OSError(str(error).splitlines()[0]) from error
+            except RuntimeError as error:  # how torch reports a disk that is full, in words about its own file format
+                raise OSError(errno.EIO, "the file could not be written whole") from error
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = True
