@@ -94,7 +94,7 @@ class DomainScoring(LightningModule):
         if self.global_step:
             raise ValueError(
                 "A monitor cannot be added to a resumed run, because it compares with the start: drop it, or start "
-                "anew without --ckpt_path."
+                "anew with --ckpt_path null."
             )
         if not self._start:
             self.print("Scoring every validation set before the first step.")
