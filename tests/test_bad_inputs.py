@@ -46,6 +46,7 @@ def bad(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "empty.yaml": "",
         "list.yaml": "[1, 2]",
+        "null.yaml": "sequences: null",
         "syntax.yaml": "model: [",
         "unknown.yaml": "modle: x",
         "empty.jsonl": "",
@@ -148,6 +149,8 @@ INFLUENCE: list[tuple[list[Any], list[str]]] = [
     (["--config", "BAD/unknown.yaml"], ["modle"]),
     (["--config", "BAD/binary.yaml"], ["binary.yaml"]),
     (["--colour", "red"], ["colour"]),
+    (["--sequences", "null"], ["sequences", "Expected a <class 'int'>"]),
+    (["--config", "BAD/null.yaml"], ["sequences is null", "leave it out"]),
 ]
 PRUNE: list[tuple[list[Any], list[str]]] = [
     ([], ["influence, sites, plan or checkpoint", "none"]),
@@ -227,11 +230,14 @@ STUDY: list[tuple[dict[str, Any], list[str]]] = [
     ({"plans": [{"kind": "block", "remove": 1}] * 2}, ["blocks-1 more than once"]),
     ({"metric": "cos"}, ["metric 'cos'", "Did you mean 'cosine'"]),
     ({"seed": 2**70}, ["seed is", "choose one"]),
-    ({"shares": 3}, ["setting", "write it as {part: value}"]),
+    ({"shares": 3}, ["of another kind than it should be", "correct it"]),
     ({"accelerator": "gpu"}, ["accelerator='gpu'", "--accelerator cpu"]),
     ({"training": {"replacement": "emulated_update"}}, ["emulated_update has nothing to train"]),
     ({"training": {"steps": 7}}, ["training.steps is 7", "multiple of 4"]),
     ({"model": ""}, ["The model has no name"]),
+    ({"seed": None}, ["seed is null", "leave it out"]),
+    ({"shares": {"score": None}}, ["a part of one, is null", "correct it"]),
+    ({"training": {"steps": None}}, ["a part of one, is null", "correct it"]),
     ({"output": ""}, ["output folder has no name"]),
 ]
 

@@ -12,7 +12,7 @@ LONGEST = 350  # lines
 
 # Each room imports only rooms of earlier rows; rooms in one row do not know each other.
 LAYERS = [
-    {"names", "memory", "files", "progress", "wheels", "data.groups", "data.roles", "data.batches"},
+    {"names", "nulls", "memory", "files", "progress", "wheels", "data.groups", "data.roles", "data.batches"},
     {"sites", "replacements", "embedded", "recovery.checkpoints"},
     {"families", "data.text"},
     {"surgery", "head", "data.packing", "data.origins", "devices"},
@@ -76,7 +76,7 @@ def test_rooms_import_only_rooms_below_them(room):
 
 def test_imports_are_seen():
     assert {"commands.influence", "recovery.rung", "study_file"} <= imported(ROOMS["study"])
-    assert imported(ROOMS["cli"]) == {"memory", "names"}  # everything else only when its command is chosen
+    assert imported(ROOMS["cli"]) == {"memory", "names", "nulls"}  # everything else only when its command is chosen
     assert "figures" in imported(ROOMS["influence.table"])
 
 

@@ -58,9 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif command in COMMANDS:
             from jsonargparse import auto_cli
 
+            from depthprune.nulls import refusing_nulls
+
             room, function = COMMANDS[command][0].split(":")
             auto_cli(
-                getattr(import_module(room), function),
+                refusing_nulls(getattr(import_module(room), function)),
                 args=rest,
                 prog=f"depthprune {command}",
                 as_positional=False,
@@ -115,9 +117,12 @@ def _readable(message: str, arguments: Sequence[str]) -> str:
 def _unexpected(error: Exception) -> int:
     """What is left: settings that a library refuses in its own way, and faults of ours."""
     text = " ".join(str(error).split()) or repr(error)
-    last = traceback.extract_tb(error.__traceback__)[-1].filename
-    if isinstance(error, TypeError) and "jsonargparse" in last:
-        return _refuse(f"A setting with parts of its own got a single value ({text}): write it as {{part: value}}.")
+    places = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    was_parsing = any("jsonargparse" in place for place in places) and not any("nulls.py" in place for place in places)
+    if isinstance(error, TypeError) and was_parsing:
+        return _refuse(
+            f"A setting, or a part of one, is null or of another kind than it should be ({text}): correct it."
+        )
     if type(error).__name__ == "MisconfigurationException" or isinstance(error, ImportError):
         return _refuse(f"{text.rstrip('.')}: change the setting.")
     print(f"depthprune: {type(error).__name__}: {text} (DEPTHPRUNE_DEBUG=1 shows the traceback)", file=sys.stderr)

@@ -1,0 +1,33 @@
+"""Settings that are null although they have to have a value, which the parser lets through."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+
+def refusing_nulls(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that refuses settings that are null where its type hints have no None, also in parts of settings."""
+    hints = get_type_hints(command)
+
+    @functools.wraps(command)
+    def checked(**settings: Any) -> None:
+        for name in inspect.signature(command).parameters:
+            if name in settings:
+                _check(name, settings[name], hints[name])
+        command(**settings)
+
+    return checked
+
+
+def _check(name: str, value: Any, hint: Any) -> None:
+    if value is None and NoneType not in get_args(hint) and hint is not Any:
+        raise ValueError(f"{name} is null: give it a value, or leave it out.")
+    if is_dataclass(value) and not isinstance(value, type):
+        hints = get_type_hints(type(value))
+        for field in fields(value):
+            _check(f"{name}.{field.name}", getattr(value, field.name), hints[field.name])
