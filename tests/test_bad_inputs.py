@@ -278,7 +278,7 @@ def test_prune(workshop: Workshop, bad: Path, tmp_path: Path, row: tuple[list[An
 @named(FIT)
 def test_fit(workshop: Workshop, bad: Path, tmp_path: Path, row: tuple[list[Any], list[str]]) -> None:
     settings = fit_settings(workshop, tmp_path / "fit")
-    settings["trainer"]["logger"] = False
+    settings["trainer"] |= {"logger": False, "default_root_dir": tmp_path}
     config = write_config(tmp_path / "fit.yaml", settings)
     sentence = refusal("fit", "--config", config, *filled(row[0], bad))
     assert not [word for word in row[1] if word not in sentence], sentence
