@@ -72,7 +72,9 @@ def test_anatomy_of_an_unpruned_model(family: str) -> None:
     anatomy = Anatomy.of(model)
     assert isinstance(anatomy.blocks, nn.ModuleList)
     assert anatomy.blocks is blocks_of(model)
-    assert anatomy.final_norm is model.get_submodule(tiny_models.ARCHITECTURES[family].norm)
+    norm = model.get_submodule(tiny_models.ARCHITECTURES[family].norm)
+    stream = torch.randn(1, 2, WIDTH)
+    assert torch.equal(anatomy.finish(stream), norm(stream))
     assert (anatomy.block_count, anatomy.hidden_size, anatomy.kept_blocks) == (BLOCKS, WIDTH, tuple(range(BLOCKS)))
     assert len(anatomy.sites()) == 3 * BLOCKS
     assert [str(site) for site in anatomy.sites(("mlp",))] == [f"mlp.{index}" for index in range(BLOCKS)]

@@ -19,6 +19,8 @@ LAYERS = [
     {
         "removal",
         "moments",
+        "variants",
+        "influence.distance",
         "data.streaming",
         "influence.table",
         "evaluation.domains",

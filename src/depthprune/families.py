@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -35,7 +35,7 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family of models has its parts. Paths of blocks and norm start at ``model.get_decoder()``.
+    """Where a family of models has its parts. Paths of blocks and of what comes after them start at ``model.get_decoder()``.
 
     An attention or MLP is a chain of modules inside a block, each feeding the next: the first one gets what the site
     reads, and the output of the last one is the site's update. A norm behind the module belongs to its chain.
@@ -43,7 +43,7 @@ class Family:
     Attributes:
         model_types: values of ``config.model_type`` that share this row.
         blocks: the list of blocks.
-        final_norm: the norm after the last block.
+        finish: the chain of modules after the last block, up to the head; one that a model lacks is passed over.
         attention: the chain of the attention.
         mlp: the chain of the MLP.
         parallel: whether attention and MLP read the same stream, or the name of the config's entry that says so;
@@ -60,7 +60,7 @@ class Family:
 
     model_types: tuple[str, ...]
     blocks: str = "layers"
-    final_norm: str = "norm"
+    finish: tuple[str, ...] = ("norm",)
     attention: tuple[str, ...] = ("self_attn",)
     mlp: tuple[str, ...] = ("mlp",)
     parallel: bool | str = False
@@ -89,11 +89,11 @@ FAMILIES = (
         attention=("self_attn", "post_attention_layernorm"),
         mlp=("mlp", "post_feedforward_layernorm"),
     ),
-    Family(("phi",), final_norm="final_layernorm", parallel=True),
+    Family(("phi",), finish=("final_layernorm",), parallel=True),
     Family(("cohere",), parallel=True, logit_scale="logit_scale"),
     Family(
         ("gpt_neox",),
-        final_norm="final_layer_norm",
+        finish=("final_layer_norm",),
         attention=("attention",),
         parallel="use_parallel_residual",
         cache_argument="layer_past",
@@ -101,7 +101,7 @@ FAMILIES = (
     Family(
         ("gpt2",),
         blocks="h",
-        final_norm="ln_f",
+        finish=("ln_f",),
         attention=("attn",),
         requirements=(
             Requirement("scale_attn_by_inverse_layer_idx", False, "its attentions depend on their block's number"),
@@ -110,7 +110,7 @@ FAMILIES = (
     ),
     Family(
         ("opt",),
-        final_norm="final_layer_norm",
+        finish=("final_layer_norm", "project_out"),
         mlp=("fc1", "activation_fn", "fc2"),
         restarts_positions=False,
         requirements=(Requirement("do_layer_norm_before", True, "its norms stand on the stream itself"),),
@@ -198,10 +198,12 @@ class Anatomy:
         """The list of blocks."""
         return self.model.get_decoder().get_submodule(self.family.blocks)
 
-    @property
-    def final_norm(self) -> nn.Module:
-        """The norm between the last block and the head."""
-        return self.model.get_decoder().get_submodule(self.family.final_norm)
+    def finish(self, stream: Tensor) -> Tensor:
+        """What the head gets, ``(B, T, D)``, from the stream after the last block."""
+        for name in self.family.finish:
+            module = getattr(self.model.get_decoder(), name, None)
+            stream = stream if module is None else module(stream)
+        return stream
 
     @property
     def block_count(self) -> int:

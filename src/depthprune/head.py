@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -17,7 +18,8 @@ Batch = Mapping[str, Tensor]
 """``input_ids (B, T)``, where there is padding ``attention_mask (B, T)``, and where documents are kept apart
 ``position_ids (B, T)``, which start again with each; may carry more."""
 
-CHUNK = 512  # positions whose logits are held at once
+CHUNK = 512  # positions whose logits are held at once, where gradients are wanted or the head is no plain layer
+TILE = (1024, 4096)  # positions and vocabulary entries whose logits are held at once otherwise
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -61,28 +63,83 @@ def token_losses(model: PreTrainedModel, batch: Batch, hidden: Tensor | None = N
     """
     hidden = hidden_states(model, batch) if hidden is None else hidden
     targets = batch["input_ids"][:, 1:]
-    rows = hidden[:, :-1].flatten(0, 1)
+    return row_losses(model, hidden[:, :-1].flatten(0, 1), targets.flatten()).view_as(targets)
+
+
+def row_losses(model: PreTrainedModel, rows: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats of single positions, ``(N,)`` fp32.
+
+    Args:
+        model: the model whose head is used.
+        rows: normed last hidden states, ``(N, D)``.
+        targets: the tokens that come next, ``(N,)``.
+    """
+    needs_gradient = torch.is_grad_enabled() and (rows.requires_grad or _head_is_trained(model))
+    tiled = not needs_gradient and plain_head(model) is not None
+    size = TILE[0] if tiled else CHUNK
     losses = []
-    for row_chunk, target_chunk in zip(rows.split(CHUNK), targets.flatten().split(CHUNK), strict=True):
-        if torch.is_grad_enabled() and row_chunk.requires_grad:
+    for row_chunk, target_chunk in zip(rows.split(size), targets.split(size), strict=True):
+        if tiled:
+            losses.append(_tiled_losses(model, row_chunk, target_chunk))
+        elif torch.is_grad_enabled() and row_chunk.requires_grad:
             losses.append(checkpoint(_chunk_losses, model, row_chunk, target_chunk, use_reentrant=False))
         else:
             losses.append(_chunk_losses(model, row_chunk, target_chunk))
-    return torch.cat(losses).view_as(targets)
+    return torch.cat(losses) if losses else rows.new_zeros(0, dtype=torch.float32)
+
+
+def plain_head(model: PreTrainedModel) -> nn.Linear | None:
+    """The head, if it is a linear layer whose weights are here, whole and used by nothing but its own forward."""
+    head = model.get_output_embeddings()
+    is_plain = type(head) is nn.Linear and not isinstance(head.weight, DTensor) and not hasattr(head, "_hf_hook")
+    return head if is_plain and head.weight.device.type != "meta" else None
+
+
+def bent(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    """Logits from what the head's layer gives: scaled and capped as the model does it."""
+    family = family_of(model.config.model_type)
+    if family.logit_scale is not None:
+        logits = logits * getattr(model.config, family.logit_scale)
+    cap = logit_cap(model)
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def logit_cap(model: PreTrainedModel) -> float | None:
+    """Beyond which value the model bends its logits; None where it does not."""
+    name = family_of(model.config.model_type).logit_cap
+    return (name and getattr(model.config, name)) or None
 
 
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits ``(..., V)`` from normed last hidden states ``(..., D)``, scaled and capped as the model does it."""
-    logits = model.get_output_embeddings()(hidden)
-    family = family_of(model.config.model_type)
-    if family.logit_scale is not None:
-        logits = logits * getattr(model.config, family.logit_scale)
-    cap = family.logit_cap and getattr(model.config, family.logit_cap)
-    return torch.tanh(logits / cap) * cap if cap else logits
+    return bent(model, model.get_output_embeddings()(hidden))
 
 
 def _chunk_losses(model: PreTrainedModel, rows: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(logits_of(model, rows).float(), targets, reduction="none")
+
+
+def _head_is_trained(model: PreTrainedModel) -> bool:
+    return any(parameter.requires_grad for parameter in model.get_output_embeddings().parameters())
+
+
+def _tiled_losses(model: PreTrainedModel, rows: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy with the vocabulary in tiles that stay near the processor: the running maximum and sum of exp."""
+    head = plain_head(model)
+    assert head is not None
+    top = rows.new_full((len(rows),), -torch.inf, dtype=torch.float32)
+    total, chosen = torch.zeros_like(top), torch.zeros_like(top)
+    for start in range(0, len(head.weight), TILE[1]):
+        tile = slice(start, start + TILE[1])
+        bias = None if head.bias is None else head.bias[tile]
+        logits = bent(model, functional.linear(rows, head.weight[tile], bias)).float()
+        here = targets - start
+        found = (here >= 0) & (here < logits.shape[1])
+        chosen = torch.where(found, logits.gather(1, here.clamp(0, logits.shape[1] - 1)[:, None])[:, 0], chosen)
+        higher = torch.maximum(top, logits.amax(1))
+        total = total * (top - higher).exp() + logits.sub_(higher[:, None]).exp_().sum(1)
+        top = higher
+    return top + total.log() - chosen
 
 
 @contextmanager
