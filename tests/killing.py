@@ -20,15 +20,19 @@ class StopAt(Callback):
         step: the optimizer step.
         hook: name of the hook.
         by: name of the signal.
+        only: the one process that gets it; each of them if not given.
     """
 
-    def __init__(self, step: int, hook: str = "on_train_batch_end", by: str = "SIGKILL") -> None:
+    def __init__(
+        self, step: int, hook: str = "on_train_batch_end", by: str = "SIGKILL", only: int | None = None
+    ) -> None:
         self.step = step
+        self.only = only
         self.by = signal.Signals[by]
         setattr(self, hook, self._stop)
 
     def _stop(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.global_step == self.step:
+        if trainer.global_step == self.step and self.only in (None, trainer.global_rank):
             os.kill(os.getpid(), self.by)
 
 

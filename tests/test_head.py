@@ -60,6 +60,34 @@ def test_frozen_trunks_still_train_the_head() -> None:
     torch.testing.assert_close(model.lm_head.weight.grad, wanted.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_sequences_longer_than_learned_positions_are_refused() -> None:
+    for family in ("gpt2", "opt"):
+        model, batch = tiny_model(family, max_position_embeddings=16), {"input_ids": tokens(1, 17)}
+        with pytest.raises(ValueError, match=r"17 tokens long, and .* has positions for 16: set sequence_length to 16"):
+            hidden_states(model, batch)
+        hidden_states(model, {"input_ids": tokens(1, 16)})
+
+
+def test_flash_attention_does_not_keep_documents_apart_in_batches() -> None:
+    model, batch = tiny_model(), {"input_ids": tokens(2, 8), "position_ids": torch.arange(8).expand(2, -1) % 4}
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ValueError, match="only in batches of one: set batch_size to 1"):
+        hidden_states(model, batch)
+
+
+def test_tiles_of_the_vocabulary_do_not_change_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    for family in ("phi", "cohere", "gemma2"):  # a bias, a scale, a cap
+        model, batch = tiny_model(family), tiny_batch("left")
+        with torch.no_grad():
+            whole = token_losses(model, batch)
+            monkeypatch.setattr(head, "TILE", (5, 13))  # divide neither 33 nor 97
+            tiled = token_losses(model, batch)
+            exact = exact_losses(exact_copy(model), batch)
+        keep = predicted_mask(batch)
+        torch.testing.assert_close(tiled[keep], whole[keep], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(tiled[keep].double(), exact[keep].double(), rtol=1e-5, atol=1e-5)
+
+
 def test_head_in_bf16_gives_fp32_losses() -> None:
     model, batch = tiny_model(dtype=torch.bfloat16), tiny_batch()
     with torch.no_grad():

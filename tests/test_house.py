@@ -15,7 +15,7 @@ LAYERS = [
     {"names", "nulls", "memory", "files", "progress", "wheels", "data.groups", "data.roles", "data.batches"},
     {"sites", "replacements", "embedded", "recovery.checkpoints"},
     {"families", "data.text"},
-    {"surgery", "head", "data.packing", "data.origins", "devices"},
+    {"surgery", "head", "data.packing", "data.origins", "data.opening", "devices"},
     {
         "removal",
         "moments",
@@ -28,6 +28,7 @@ LAYERS = [
         "recovery.checkpoint_io",
         "recovery.divergence",
         "recovery.resume",
+        "recovery.stopping",
         "callbacks.last_checkpoint",
     },
     {"loading", "influence.static", "recovery.closed_form", "recovery.scoring", "plotting"},

@@ -72,6 +72,16 @@ def test_replacements_need_text(batches: Any) -> None:
     assert_same(model, before)
 
 
+def test_one_batch_will_do() -> None:
+    one, several = tiny_model(), tiny_model()
+    batch = tiny_batch("left")
+    torch.manual_seed(0)
+    dp.prune(one, PLAN, batch)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    dp.prune(several, PLAN, [batch])
+    assert_same(one, snapshot(several))
+
+
 def test_plans_without_replacements_read_no_text() -> None:
     model = tiny_model()
     with dp.swapped(model, PruningPlan.of("mlp.2"), broken_text()):

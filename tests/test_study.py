@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -284,6 +285,14 @@ def test_refuses_a_folder_with_another_configuration(workshop, whole, tmp_path):
     assert "seed, test_sequences differ" in sentence
     assert str(folder) in sentence
     assert (folder / "study.json").read_bytes() == before
+
+
+def test_refuses_the_remains_of_another_study(workshop, whole, tmp_path):
+    folder = tmp_path / "study"
+    shutil.copytree(whole, folder)
+    (folder / "study.json").unlink()
+    sentence = refusal("study", "--config", written(workshop, whole), "--output", folder)
+    assert "remains of another study (mean_updates.safetensors, training), but no study.json" in sentence
 
 
 @pytest.mark.parametrize(

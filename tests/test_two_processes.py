@@ -116,6 +116,23 @@ def test_a_run_of_one_layout_goes_on_in_another(
     assert len(recorded(resumed)) == LONG // 2 + 1
 
 
+@pytest.mark.parametrize("layout", ["ddp", "sharded"])
+@pytest.mark.parametrize(("hook", "saved"), [("on_train_batch_end", 5), ("on_validation_batch_end", 7)])
+def test_a_sigterm_to_one_process_stops_both(
+    layout: str, hook: str, saved: int, workshop: Workshop, layouts: dict[str, Path], tmp_path: Path
+) -> None:
+    step = 5 if hook == "on_train_batch_end" else 6
+    flags = ["--trainer.callbacks+=tests.killing.StopAt", f"--trainer.callbacks.step={step}"]
+    flags += [f"--trainer.callbacks.hook={hook}", "--trainer.callbacks.by=SIGTERM", "--trainer.callbacks.only=0"]
+    keeper = "depthprune.callbacks.last_checkpoint.LastCheckpoint"
+    flags += [f"--trainer.callbacks+={keeper}", f"--trainer.callbacks.dirpath={tmp_path / 'kept'}"]
+    with pytest.raises(AssertionError):
+        fit_in(layout, workshop, tmp_path, *flags)
+    assert read_checkpoint(tmp_path / "kept" / "last.ckpt")["global_step"] == saved
+    fit_in(layout, workshop, tmp_path, "--ckpt_path", tmp_path / "kept" / "last.ckpt")
+    assert_close(end_of(layouts["one"]), end_of(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

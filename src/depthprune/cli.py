@@ -89,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = "interrupted" if is_interrupt else "asked to stop"
         print(f"depthprune: {what}; the same command goes on from what is saved.", file=sys.stderr)
         return 128 + int(signal.SIGINT if is_interrupt else signal.SIGTERM)
+    except RecursionError:
+        return _refuse(f"{_config_files(rest) or 'A file'} is nested too deeply, or refers to itself: correct it.")
     except Exception as error:
         if os.environ.get("DEPTHPRUNE_DEBUG"):
             raise

@@ -35,7 +35,7 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family of models has its parts. Paths of blocks and of what comes after them start at ``model.get_decoder()``.
+    """Where a family of models has its parts. Paths of blocks and of what follows them start at ``get_decoder()``.
 
     An attention or MLP is a chain of modules inside a block, each feeding the next: the first one gets what the site
     reads, and the output of the last one is the site's update. A norm behind the module belongs to its chain.
@@ -55,6 +55,7 @@ class Family:
         logit_scale: the config's entry that the logits are multiplied by, if it has one.
         logit_cap: the config's entry beyond which the logits are bent by a tanh, if it has one.
         restarts_positions: whether positions that start again within a sequence keep documents apart.
+        learned_positions: whether there is a vector for each position, and so a longest sequence.
         requirements: values of the config that surgery relies on.
     """
 
@@ -71,6 +72,7 @@ class Family:
     logit_scale: str | None = None
     logit_cap: str | None = None
     restarts_positions: bool = True
+    learned_positions: bool = False
     requirements: tuple[Requirement, ...] = ()
 
 
@@ -103,6 +105,7 @@ FAMILIES = (
         blocks="h",
         finish=("ln_f",),
         attention=("attn",),
+        learned_positions=True,
         requirements=(
             Requirement("scale_attn_by_inverse_layer_idx", False, "its attentions depend on their block's number"),
             Requirement("add_cross_attention", False, "its blocks read from an encoder"),
@@ -113,6 +116,7 @@ FAMILIES = (
         finish=("final_layer_norm", "project_out"),
         mlp=("fc1", "activation_fn", "fc2"),
         restarts_positions=False,
+        learned_positions=True,
         requirements=(Requirement("do_layer_norm_before", True, "its norms stand on the stream itself"),),
     ),
 )

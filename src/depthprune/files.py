@@ -46,7 +46,7 @@ def make_folder(folder: Path | str) -> Path:
     """
     if not str(folder):
         raise ValueError("The output folder has no name: give one, such as checkpoints/mine.")
-    folder = Path(folder)
+    folder = _named(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -108,6 +108,13 @@ def read_json(path: Path | str, what: str) -> Any:
         raise ValueError(f"{path} is not {what}: it is not valid JSON ({error}). Make it anew.") from error
 
 
+def _named(folder: Path | str) -> Path:
+    """A folder's path with ``~`` written out."""
+    if "\0" in str(folder):
+        raise ValueError(f"{str(folder)!r} is not the name of a folder: give one such as checkpoints/mine.")
+    return Path(folder).expanduser()
+
+
 def _umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
@@ -134,7 +141,7 @@ def check_new_folder(folder: Path | str) -> Path:
     """
     if not str(folder):
         raise ValueError("The output folder has no name: give one, such as checkpoints/mine.")
-    folder = Path(folder)
+    folder = _named(folder)
     try:
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"The folder {folder} is not empty: remove it, or name another one.")

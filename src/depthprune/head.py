@@ -26,19 +26,41 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """One forward of the trunk without cache and head: the normed last hidden states, ``(B, T, D)``.
 
     Raises:
-        ValueError: the batch has positions that start again, and the model cannot keep documents apart by them.
+        ValueError: the sequences are too long for the model, or the batch has positions that start again and the model
+            cannot keep documents apart by them.
     """
+    family, (rows, length) = family_of(model.config.model_type), batch["input_ids"].shape
+    most = getattr(model.config, "max_position_embeddings", length)
+    if family.learned_positions and length > most:
+        raise ValueError(
+            f"The sequences are {length} tokens long, and {model.config.model_type} has positions for {most}: set "
+            f"sequence_length to {most} or less."
+        )
     places = {}
     if "position_ids" in batch:
         places = {"position_ids": batch["position_ids"]}
-        if not family_of(model.config.model_type).restarts_positions:
+        if not family.restarts_positions:
             raise ValueError(
                 f"{model.config.model_type} cannot keep the documents of a sequence apart by their positions: leave "
                 "restart_positions out."
             )
-    return model.get_decoder()(
-        input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False, **places
-    ).last_hidden_state
+        if rows > 1 and "flash" in str(model.config._attn_implementation):
+            raise ValueError(
+                "Flash attention keeps the documents of a sequence apart only in batches of one: set batch_size to 1, "
+                "attn_implementation to sdpa, or leave restart_positions out."
+            )
+    try:
+        return model.get_decoder()(
+            input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False, **places
+        ).last_hidden_state
+    except IndexError as error:  # of the embedding; on a GPU it ends the process
+        entries = next(model.get_input_embeddings().parameters()).shape[0]
+        if not 0 <= int(batch["input_ids"].min()) <= int(batch["input_ids"].max()) < entries:
+            raise ValueError(
+                f"The text has tokens from {int(batch['input_ids'].min())} to {int(batch['input_ids'].max())}, and the "
+                f"model knows 0 to {entries - 1}: take the model's own tokenizer."
+            ) from error
+        raise
 
 
 def predicted_mask(batch: Batch) -> Tensor:
@@ -160,8 +182,32 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return next(model.get_input_embeddings().parameters()).device
 
 
+def check_batch(batch: Batch) -> None:
+    """Check the form of a batch.
+
+    Raises:
+        ValueError: it is no mapping with whole numbers ``input_ids (B, T)``, or another part has another shape.
+    """
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
+        raise ValueError(
+            "A batch is a mapping with input_ids, whole numbers of shape (B, T) with B and T of 1 or more: give such "
+            "ones, as a tokenizer makes them with return_tensors='pt'."
+        )
+    for name in ("attention_mask", "position_ids"):
+        if name in batch and (not isinstance(batch[name], Tensor) or batch[name].shape != ids.shape):
+            raise ValueError(f"The batch's {name} has another shape than its input_ids {tuple(ids.shape)}: mend it.")
+
+
 def on_device(batches: Iterable[Batch], model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
-    """The batches on the device where the model takes its input."""
+    """The batches on the device where the model takes its input.
+
+    Raises:
+        ValueError: one of them is no batch (see :func:`check_batch`).
+    """
     device = input_device(model)
+    if batches is None or isinstance(batches, str):
+        raise ValueError("There are no batches: give an iterable of {'input_ids': (B, T)}.")
     for batch in batches:
+        check_batch(batch)
         yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -9,7 +9,6 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -26,7 +25,7 @@ from depthprune import embedded
 from depthprune.families import check_supported, family_of, pruning_record, refuse_quantised
 from depthprune.files import check_new_folder, whole_folder, write_json
 from depthprune.names import unknown_name
-from depthprune.removal import restore_structure
+from depthprune.removal import check_record, restore_structure
 from depthprune.sites import PruningPlan
 from depthprune.surgery import open_slots
 
@@ -71,17 +70,26 @@ def load(
         _refuse_lossy_folder(name, config)
         refuse_quantised(config.get("quantization_config"))
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 revision=revision,
                 dtype=torch_dtype,
                 device_map=device_map,
                 attn_implementation=attn_implementation,
                 trust_remote_code=False,
+                output_loading_info=True,
             )
-        except (OSError, SafetensorError, ImportError, AssertionError, RuntimeError) as error:
+            model, found = loaded
+        except Exception as error:  # whatever a damaged config or weight file makes of transformers
             raise ValueError(f"Cannot load the model {name}: {_first_line(error)}") from error
         check_supported(model.config)
+        _check_weights(name, model, found)
+        check_record(model, f"{name}/config.json")
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise ValueError(
+            f"With device_map={device_map!r} some weights of {name} stay on disk, where they cannot be pruned: choose "
+            "one that keeps them in memory, such as cpu."
+        )
     return model.eval(), load_tokenizer(name, revision=revision)
 
 
@@ -96,7 +104,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
         content, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
         config = _base_config(content) if content.get("model_type") == MODEL_TYPE else None
         return AutoTokenizer.from_pretrained(source, config=config, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever damaged files make of transformers
         raise ValueError(
             f"Cannot load the tokenizer of {name} ({_first_line(error).rstrip('.:')}): save one beside the model."
         ) from error
@@ -117,6 +125,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fold
     Raises:
         ValueError: the model still has open slots, the folder is not empty, or it cannot be written.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{type(model).__name__} is not a model: give what depthprune.load or prune gave.")
     if open_slots(model):
         raise ValueError("The model's sites can still be switched: remove them for good with depthprune.prune first.")
     record = pruning_record(model)
@@ -170,11 +180,31 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
 def _refuse_lossy_folder(name: str | Path, config: dict[str, Any]) -> None:
     """Refuse a folder that claims to be a plain model, although what stands in the removed sites is not in it."""
     record = config.get("depthprune")
-    if record is not None and not PruningPlan.from_dict(record["plan"], f"the plan in {name}").is_plain:
+    plan = record.get("plan") if isinstance(record, dict) else None
+    if record is not None and not PruningPlan.from_dict(plan, f"The record of the pruning in {name}").is_plain:
         raise ValueError(
             f"{name} was written by save_pretrained after a pruning that only depthprune can save, so weights are "
             "missing: write the model again with depthprune.save."
         )
+
+
+def _check_weights(name: str | Path, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Refuse weights that do not fill the model, which transformers would make up, or hold more blocks than it has."""
+    blocks = f".{family_of(model.config.model_type).blocks}."
+    wrong = {
+        "lack": sorted(found["missing_keys"]),
+        "have other shapes in": sorted(str(key[0]) for key in found["mismatched_keys"]),
+        "hold, beyond what config.json describes,": sorted(
+            key for key in found["unexpected_keys"] if blocks in f".{key}" and key.endswith(("weight", "bias"))
+        ),
+    }
+    for what, keys in wrong.items():
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ValueError(
+                f"The weights of {name} {what} {', '.join(keys[:3])}{more}: they and config.json do not belong "
+                "together; fetch the model again."
+            )
 
 
 def _resolve(name: str | Path, revision: str | None) -> str:
@@ -200,8 +230,10 @@ def _resolve(name: str | Path, revision: str | None) -> str:
 def _config_dict(source: str, revision: str | None) -> dict[str, Any]:
     try:
         config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
-    except (OSError, HFValidationError) as error:
+    except (OSError, HFValidationError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"Cannot load the model {source}: {_first_line(error)}") from error
+    if not isinstance(config, dict) or config.get("num_hidden_layers") == 0:
+        raise ValueError(f"{source}/config.json describes no model: fetch the model again.")
     return config
 
 
@@ -220,12 +252,19 @@ def _load_pruned(
         )
     try:
         model = _pruned_structure(content, dtype, attn_implementation)
+        check_record(model, f"{folder}/config.json")
         state = _read_weights(folder)
+        if whole := sorted(key for key, tensor in state.items() if not tensor.is_floating_point()):
+            raise ValueError(f"{folder} is damaged: {whole[0]} holds whole numbers. Save the model anew.")
         tied = set(model.all_tied_weights_keys)
         cast = {key: tensor if ".replacement." in key else tensor.to(model.dtype) for key, tensor in state.items()}
         missing, unexpected = model.load_state_dict(cast, strict=False, assign=True)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{folder} is damaged ({_first_line(error)}): save the model anew.") from error
+    except (KeyError, TypeError, AttributeError, RuntimeError, ImportError, IndexError) as error:
+        raise ValueError(f"{folder} cannot be opened ({_first_line(error)}): save the model anew.") from error
+    except ValueError as error:
+        if str(folder) in str(error):
+            raise
+        raise ValueError(f"{folder} cannot be opened ({_first_line(error)}): save the model anew.") from error
     if set(missing) - tied or unexpected:
         raise ValueError(
             f"{folder} is damaged: its weights lack {sorted(set(missing) - tied)} and have {sorted(unexpected)} too "

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from depthprune.families import Anatomy
 from depthprune.head import Batch, evaluating, hidden_states, input_device, on_device
 from depthprune.sites import KINDS, Site
+from depthprune.surgery import Slot
 
 
 class Vectors:
@@ -71,9 +72,18 @@ def observed(
 
     Yields:
         A function that takes the next batch's ``attention_mask (B, T)`` or None; tokens with 0 are left out.
+
+    Raises:
+        ValueError: a site's block is switched off.
     """
     anatomy = Anatomy.of(model)
     wanted = set(sites)
+    for site in wanted:
+        block = anatomy.chain(Site(site.index, "block"))[0]
+        if site.kind != "block" and isinstance(block, Slot) and block.slot_position != "original":
+            raise ValueError(
+                f"{site} does not run while its block is removed: leave the `swapped` block, or score blocks."
+            )
     keep: list[Tensor | None] = [None]
     stream: dict[str, Any] = {}  # the stream of the present block, and the last one that was turned into vectors
 
@@ -91,7 +101,8 @@ def observed(
     def part_ends(kind: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
             update = output[0] if isinstance(output, tuple) else output
-            stream[kind] = stream["before"] + update.view_as(stream["before"])
+            before = stream["before"].to(update.device)  # hooks see the input before accelerate moves it
+            stream[kind] = before + update.view_as(before)
 
         return hook
 
@@ -99,7 +110,7 @@ def observed(
         block, attention, mlp = (Site(index, kind) for kind in KINDS)
 
         def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
-            before = vectors(stream["before"])
+            before = vectors(stream["before"].to(output.device))
             if attention in wanted or (mlp in wanted and not anatomy.is_parallel):
                 between = vectors(stream.pop("attention"))
                 if attention in wanted:

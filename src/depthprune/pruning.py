@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -75,6 +75,6 @@ def _opened(plan: PruningPlan | str | Path) -> PruningPlan:
 
 def _calibrate(model: PreTrainedModel, plan: PruningPlan, batches: Iterable[Batch] | None) -> None:
     if batches is not None:
-        calibrate_on(model, plan, batches)
+        calibrate_on(model, plan, [batches] if isinstance(batches, Mapping) else batches)
     elif sites_to_measure(model, plan):
         raise ValueError("The plan's replacements must be calibrated: give batches of text.")

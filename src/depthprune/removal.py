@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from depthprune.families import Anatomy, pruning_record, renumber, unpruned_fingerprint
 from depthprune.replacements import build_replacement
 from depthprune.sites import PruningPlan
-from depthprune.surgery import Slot, make_slots, open_slots
+from depthprune.surgery import Slot, guard_saving, make_slots, open_slots
 
 
 def remove_for_good(model: PreTrainedModel, plan: PruningPlan) -> None:
@@ -21,6 +22,7 @@ def remove_for_good(model: PreTrainedModel, plan: PruningPlan) -> None:
     if nothing but such blocks went, the model is a plain one. Other slots are hollowed. The model's config gets a
     record of what went (see :func:`depthprune.families.pruning_record`).
     """
+    _own_config(model)
     anatomy = Anatomy.of(model)
     fingerprint = unpruned_fingerprint(model)
     record = pruning_record(model)
@@ -35,7 +37,32 @@ def remove_for_good(model: PreTrainedModel, plan: PruningPlan) -> None:
         "unpruned": {"architecture": dict(fingerprint.architecture), "weights": fingerprint.weights},
     }
     _compact(anatomy)
-    _guard_saving(model, whole)
+    guard_saving(model, whole.is_plain)
+
+
+def check_record(model: PreTrainedModel, origin: str) -> None:
+    """Check what a model's config says was removed from it, if anything.
+
+    Raises:
+        ValueError: it contradicts itself or the model.
+    """
+    record = pruning_record(model)
+    if record is None:
+        return
+    try:
+        count = record["unpruned"]["architecture"]["num_hidden_layers"]
+        plan = PruningPlan.from_dict(record["plan"], "the plan")
+        sound = (
+            isinstance(record["unpruned"]["weights"], str)
+            and bool(plan.sites)
+            and plan.sites[-1].index < count
+            and list(record["kept_blocks"]) == list(_kept_blocks(plan, count))
+            and len(record["kept_blocks"]) == model.config.num_hidden_layers
+        )
+    except (KeyError, TypeError, AttributeError, ValueError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{origin} holds a damaged record of what was removed: save the model anew.")
 
 
 def restore_structure(model: PreTrainedModel, record: dict[str, Any]) -> None:
@@ -53,18 +80,15 @@ def restore_structure(model: PreTrainedModel, record: dict[str, Any]) -> None:
                 make_slots(anatomy, site, build_replacement(name, anatomy.hidden_size, removal.options))
                 for module in anatomy.chain(site):
                     _hollow(module)
-    _guard_saving(model, plan)
+    guard_saving(model, plan.is_plain)
 
 
-def _guard_saving(model: PreTrainedModel, plan: PruningPlan) -> None:
-    """Keep ``save_pretrained`` from writing a folder in which weights are missing without a word."""
-    model.__dict__.pop("save_pretrained", None)
-    if not plan.is_plain:
-        setattr(model, "save_pretrained", _refuse_save_pretrained)  # noqa: B010 -- over a method
-
-
-def _refuse_save_pretrained(*_: Any, **__: Any) -> None:
-    raise ValueError("save_pretrained cannot write what stands in this model's removed sites: use depthprune.save.")
+def _own_config(model: PreTrainedModel) -> None:
+    """Give a model a config of its own, because another one may share the one that it was made from."""
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            setattr(module, "config", own)  # noqa: B010 -- which torch has no type for
 
 
 def _kept_blocks(plan: PruningPlan, block_count: int) -> Iterator[int]:

@@ -7,7 +7,6 @@ and keeps it as a buffer, so that the constant can always be compared with what 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from depthprune.names import unknown_name
 
+LARGEST = 1e6  # of any option
 SOURCES = ("own", "next_kept", "mean_later")
 
 
@@ -129,8 +129,12 @@ def build_replacement(name: str, hidden_size: int, options: Mapping[str, Any]) -
         if option not in known:
             raise unknown_name(f"option of the replacement {name}", option, known)
         allowed, what = _TYPES.get(types[option], ((int, float), "a number"))
-        if not isinstance(value, allowed) and not (value is None and types[option] == float | None):
+        if (not isinstance(value, allowed) or isinstance(value, bool)) and not (
+            value is None and types[option] == float | None
+        ):
             raise ValueError(f"The option {option} of the replacement {name} is {value!r}: give {what}.")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"The option {option} of the replacement {name} is {value}: give a finite number.")
+        if isinstance(value, int | float) and not abs(value) <= LARGEST:  # also if it is NaN
+            raise ValueError(
+                f"The option {option} of the replacement {name} is {value}: give a finite number up to {LARGEST:g}."
+            )
     return REPLACEMENTS[name](hidden_size, **options)

@@ -32,6 +32,8 @@ class Site:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise unknown_name("kind of site", self.kind, KINDS)
+        if type(self.index) is not int:
+            raise ValueError(f"A site's block number is a whole number, not {self.index!r}: write block.12.")
         if self.index < 0:
             raise ValueError(f"A site's block number cannot be negative: {self.index}. Number blocks from 0.")
 
@@ -42,6 +44,8 @@ class Site:
         Raises:
             ValueError: the text is not a site's name.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"{text!r} is not a site's name: write block.12, attention.12 or mlp.12, each by itself.")
         match = re.fullmatch(r"([A-Za-z_]+)\.(\d+)", text.strip())
         if match is None:
             raise ValueError(f"{text!r} is not a site: write block.12, attention.12 or mlp.12.")
@@ -213,7 +217,7 @@ class PruningPlan:
         """
         if not isinstance(data, dict) or "depthprune_plan" not in data:
             raise ValueError(f"{origin} is not a pruning plan: make one with `depthprune prune` or PruningPlan.of.")
-        if data["depthprune_plan"] != PLAN_VERSION:
+        if type(data["depthprune_plan"]) is not int or data["depthprune_plan"] != PLAN_VERSION:
             raise ValueError(
                 f"{origin} is a plan of version {data['depthprune_plan']!r}, and this depthprune reads version "
                 f"{PLAN_VERSION}: make the plan anew."
@@ -223,9 +227,9 @@ class PruningPlan:
                 Removal(tuple(map(Site.parse, entry["sites"])), entry["replacement"], dict(entry["options"]))
                 for entry in data["removals"]
             )
-            fingerprint = data["fingerprint"] and Fingerprint(
-                data["fingerprint"]["architecture"], data["fingerprint"]["weights"]
-            )
+            fingerprint = None
+            if data["fingerprint"] is not None:
+                fingerprint = Fingerprint(data["fingerprint"]["architecture"], data["fingerprint"]["weights"])
             return cls(removals, fingerprint, dict(data["provenance"]))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{origin} is a damaged pruning plan ({error!r}): make it anew.") from error

@@ -107,7 +107,7 @@ def study(
         batch_size: sequences of a batch.
         training: the trained replacement.
         shares: shares of the documents for the four roles.
-        seed: seed of the split into roles, of the order of the text and of training.
+        seed: seed of the order of the training text, the adapters' first weights and dropout.
         dtype: auto (as saved), bfloat16, float16 or float32.
         revision: branch, tag or commit on the hub.
         attn_implementation: sdpa, eager, flash_attention_2, ...

@@ -20,6 +20,7 @@ from depthprune.families import architecture_of, unpruned_fingerprint
 from depthprune.files import read_json, write_json
 
 STUDY_VERSION = 1
+REMAINS = ("mean_updates.safetensors", "training")  # what a study without its results would wrongly go on with
 
 
 class StudyFile:
@@ -42,13 +43,19 @@ class StudyFile:
             ValueError: the file is another study's.
         """
         if not path.exists():
+            remains = [name for name in REMAINS if (path.parent / name).exists()]
+            if remains:
+                raise ValueError(
+                    f"{path.parent} holds remains of another study ({', '.join(remains)}), but no {path.name}: remove "
+                    "the folder, or name another output."
+                )
             return cls(path, {"depthprune_study": STUDY_VERSION, "name": config["name"], "config": config})
         content = read_json(path, "a study's results")
         if not isinstance(content, dict) or content.get("depthprune_study") != STUDY_VERSION:
-            raise ValueError(f"{path} is not a study of this version: remove it, or name another output.")
+            raise ValueError(f"{path} is not a study of this version: remove its folder, or name another output.")
         saved = content.get("config")
         if not isinstance(saved, dict):
-            raise ValueError(f"{path} is a damaged study: it has no config. Remove it, or name another output.")
+            raise ValueError(f"{path} is a damaged study: it has no config. Remove its folder, or name another output.")
         differing = sorted(key for key in {*saved, *config} if saved.get(key) != config.get(key))
         if differing:
             raise ValueError(

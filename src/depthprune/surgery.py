@@ -80,10 +80,13 @@ def _hold_cache_place(cache: Any, index: int, read: Tensor) -> None:
 
     transformers reads the length of the cache, and so masks and positions, from one of its layers. A layer that is
     never written breaks left-padded batches, chunked prefill and manual decoding without an error. The placeholder
-    costs two numbers a token.
+    costs two numbers a token, unless the layer was made for an attention already.
     """
     if cache is not None:
-        place = read.new_zeros(read.shape[0], 1, read.shape[1], 1)
+        layer = cache.layers[index] if index < len(getattr(cache, "layers", ())) else None
+        made = getattr(layer, "keys", None) if getattr(layer, "is_initialized", False) else None
+        heads, width = (1, 1) if made is None or made.dim() != 4 else (made.shape[1], made.shape[3])
+        place = read.new_zeros(read.shape[0], heads, read.shape[1], width)
         cache.update(place, place, index)
 
 
@@ -183,6 +186,26 @@ def install_slots(model: PreTrainedModel, plan: PruningPlan) -> None:
         for site in removal.sites:
             name = removal.replacement if site == removal.sites[0] else "none"
             make_slots(anatomy, site, build_replacement(name, anatomy.hidden_size, removal.options))
+    guard_saving(model, False)
+
+
+def guard_saving(model: PreTrainedModel, is_plain: bool) -> None:
+    """Keep ``save_pretrained`` from writing a folder in which weights are missing without a word.
+
+    Args:
+        model: the model.
+        is_plain: whether ``save_pretrained`` writes all of it.
+    """
+    model.__dict__.pop("save_pretrained", None)
+    if not is_plain:
+        setattr(model, "save_pretrained", _refuse_save_pretrained)  # noqa: B010 -- over a method
+
+
+def _refuse_save_pretrained(*_: Any, **__: Any) -> None:
+    raise ValueError(
+        "save_pretrained cannot write what stands in this model's removed sites: use depthprune.save, after "
+        "depthprune.prune where they can still be switched."
+    )
 
 
 def make_slots(anatomy: Anatomy, site: Site, replacement: Replacement | None) -> None:
@@ -230,6 +253,8 @@ def remove_slots(model: PreTrainedModel) -> None:
         slot.__class__ = slot.base  # type: ignore[assignment]
         if hook is not None:
             add_hook_to_module(slot, hook)
+    record = pruning_record(model)
+    guard_saving(model, record is None or PruningPlan.from_dict(record["plan"]).is_plain)
 
 
 def switch(model: nn.Module, position: str) -> None:

@@ -1,8 +1,8 @@
 """Many variants of one model on one batch, sharing every common prefix.
 
 The variants of a model form a tree over depth: two variants run alike up to the first block at which they differ, and
-that part is run once. Blocks are called with the arguments that the model's own forward gave them, so that nothing about
-a family is implemented again here.
+that part is run once. Blocks are called with the arguments that the model's own forward gave them, so that nothing
+about a family is implemented again here.
 """
 
 from __future__ import annotations

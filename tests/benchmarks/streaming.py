@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from depthprune.data.opening import open_text
 from depthprune.data.packing import PackingSpec
 from depthprune.data.roles import RoleShares
 from depthprune.data.streaming import PackedStream, stream_loader
-from depthprune.data.text import TextSource, open_text
+from depthprune.data.text import TextSource
 
 LENGTH = 2048
 SHARDS = 8

@@ -92,6 +92,19 @@ def test_a_resumed_run_goes_on_with_its_lowest_losses(workshop: Workshop, rising
     assert {tag for tag in whole if tag[0] in "123"} <= set(resumed)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [["--trainer.limit_val_batches", 2], ["--trainer.limit_val_batches", 0.7], ["--trainer.precision", "bf16-mixed"]],
+    ids=str,
+)
+def test_without_a_change_nothing_is_forgotten(workshop: Workshop, tmp_path: Path, flags: list[object]) -> None:
+    fit(workshop, tmp_path, "--model.optimizer.init_args.lr", 0.0, *flags)
+    found = scalars(tmp_path / "tensorboard")
+    for name in ("news", "other"):
+        for tag in (f"2_forgetting/{name}", f"3_domains/{name}/minus_emulated_update", "1_overfitting/gap_growth"):
+            assert logged(found[tag]) == pytest.approx([0.0] * len(found[tag]), abs=1e-7), tag
+
+
 def test_the_layout_names_tags_that_are_there(rising: Path) -> None:
     events = EventAccumulator(str(rising / "tensorboard"))
     events.Reload()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from depthprune.data.opening import open_text
 from depthprune.data.origins import document_origins
 from depthprune.data.roles import RoleShares
 from depthprune.data.streaming import ShuffledDocuments
-from depthprune.data.text import TextSource, open_text
+from depthprune.data.text import TextSource
 
 
 def test_numbers_lead_back_to_rows_over_several_passes(tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -44,6 +46,14 @@ def brute_force(tokenizer: PreTrainedTokenizerFast, length: int, bos: int | None
         torch.tensor([[*first, *ids[piece]] for piece in pieces]),
         torch.tensor([[*numbers[piece][: len(first)], *numbers[piece]] for piece in pieces]),
     )
+
+
+def test_a_spec_in_another_process_tokenises_alike(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    spec = PackingSpec.of(tiny_tokenizer)
+    other = pickle.loads(pickle.dumps(spec))
+    for text in TEXTS:
+        assert other.encode(text) == spec.encode(text)
+    assert spec.encode("with <|endoftext|> inside")[0].count(spec.end_of_text) == 1
 
 
 @pytest.mark.parametrize("length", [2, 3, 7, 16, 50])

@@ -10,9 +10,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from depthprune.data import streaming
+from depthprune.data.opening import open_text
 from depthprune.data.packing import PackingSpec, pack
 from depthprune.data.streaming import PackedStream, StreamLoader, stream_loader
-from depthprune.data.text import RoleShares, Text, TextSource, open_text, role_documents
+from depthprune.data.text import RoleShares, Text, TextSource, role_documents
 
 ALL = RoleShares(0, 1, 0, 0)
 

@@ -81,7 +81,7 @@ def test_another_seed_gives_another_run(workshop: Workshop, fitted: Path, tmp_pa
         (["--model.scheduler.init_args.T_max", "99"], "made with scheduler.T_max=8, and now it is 99"),
         (["--model.scheduler", "null"], "made with scheduler='CosineAnnealingLR', and now it is None"),
         (["--data.seed", "1"], r"seed 0 -> 1"),
-        (["--data.sequence_length", "16"], r"sequence_length 32 -> 16"),
+        (["--data.sequence_length", "16"], r"data.sequence_length=32, and now it is 16"),
         (["--data.batch_size", "1"], "global batch 2 -> 1"),
         (["--data.sequences", "6"], "sequences 12 -> 6"),
     ],

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.command_line import (
     STEPS,
@@ -110,6 +112,75 @@ def test_sigterm_saves_and_exits(
     assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == saved
     assert forked(lambda: run("fit", "--config", config)) == 0
     assert_same(tmp_path / "last.ckpt", whole / "last.ckpt")
+
+
+def test_sigterm_waits_for_the_end_of_an_accumulation(workshop: Workshop, tmp_path: Path) -> None:
+    ends = []
+    for name, flags in (("whole", []), ("stopped", [*stop_at(5, "on_train_batch_start", "SIGTERM")])):
+        settings = settings_of(workshop, tmp_path / name)
+        settings["trainer"] |= {"accumulate_grad_batches": 3, "max_steps": 8, "val_check_interval": 3}
+        config = write_config(tmp_path / name / "fit.yaml", settings)
+        if flags:  # comes before the first of three batches
+            code = forked(lambda config=config, flags=flags: run("fit", "--config", config, *flags))  # type: ignore[misc]
+            assert code == 128 + signal.SIGTERM
+            assert read_checkpoint(tmp_path / name / "last.ckpt")["global_step"] < 8
+        assert forked(lambda config=config: run("fit", "--config", config)) == 0  # type: ignore[misc]
+        ends.append(tmp_path / name / "last.ckpt")
+    assert_same(*ends)
+
+
+def test_validations_in_the_middle_of_an_accumulation_are_refused(workshop: Workshop, tmp_path: Path) -> None:
+    settings = settings_of(workshop, tmp_path)
+    settings["trainer"] |= {"accumulate_grad_batches": 3, "val_check_interval": 2}
+    said = refusal("fit", "--config", write_config(tmp_path / "fit.yaml", settings))
+    assert "A validation after every 2 batches" in said
+    assert "multiple of trainer.accumulate_grad_batches" in said
+
+
+def test_a_run_that_stopped_early_stays_stopped(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = settings_of(workshop, tmp_path)
+    settings["trainer"]["callbacks"].append(
+        {
+            "class_path": "lightning.pytorch.callbacks.EarlyStopping",
+            "init_args": {"monitor": "3_domains/news/loss", "patience": 1, "min_delta": 10.0},
+        }
+    )
+    config = write_config(tmp_path / "fit.yaml", settings)
+    for _ in range(3):
+        assert run("fit", "--config", config) == 0
+        assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 4
+    assert "EarlyStopping had ended the run" in capsys.readouterr().out
+
+
+def test_a_base_whose_weights_changed_is_refused(workshop: Workshop, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(workshop.model, base)
+    settings = settings_of(workshop, tmp_path / "run", 2)
+    settings["model"]["base"] = base
+    config = write_config(tmp_path / "run" / "fit.yaml", settings)
+    assert run("fit", "--config", config) == 0
+    weights = load_file(base / "model.safetensors")
+    save_file({name: value * 1.5 for name, value in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    said = refusal("fit", "--config", config, "--trainer.max_steps", 4)
+    assert f"The weights of {base} changed since the checkpoint was made" in said
+
+
+def test_other_betas_and_milestones_are_refused(workshop: Workshop, tmp_path: Path) -> None:
+    settings = settings_of(workshop, tmp_path, 2)
+    settings["model"]["scheduler"] = {
+        "class_path": "torch.optim.lr_scheduler.MultiStepLR",
+        "init_args": {"milestones": [3, 5]},
+    }
+    config = write_config(tmp_path / "fit.yaml", settings)
+    assert run("fit", "--config", config) == 0
+    again = ["fit", "--config", config, "--trainer.max_steps", 4]
+    said = refusal(*again, "--model.optimizer.init_args.betas", "[0.5, 0.999]")
+    assert "optimizer.betas.0=0.9, and now it is 0.5" in said
+    said = refusal(*again, "--model.scheduler.init_args.milestones", "[3, 6]")
+    assert "scheduler.milestones.6" in said or "scheduler.milestones.5" in said
+    assert run(*again) == 0
 
 
 def test_sigterm_in_a_validation_goes_back_to_the_last_save(workshop: Workshop, tmp_path: Path, whole: Path) -> None:

@@ -12,8 +12,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 class LastCheckpoint(ModelCheckpoint):
     """Keeps ``last.ckpt``: after every validation, at the end of training, and when the run is asked to stop.
 
-    ``depthprune fit`` goes on from it when the same command is given again. A SIGTERM is answered after the step that
-    is under way; where a validation follows that step or is under way, the run goes back to the save before it.
+    ``depthprune fit`` goes on from it when the same command is given again. A SIGTERM is answered after the
+    optimizer step that is under way; where a validation follows that step or is under way, the run goes back to the
+    save before it (several processes finish a validation first, and stop after the step that follows it).
 
     Args:
         dirpath: folder of the checkpoint.

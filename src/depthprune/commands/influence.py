@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import shard_blocks, start_fabric
 from depthprune.figures import influence_figure, write_figure
-from depthprune.files import make_folder
+from depthprune.files import make_folder, only_writer
 from depthprune.influence.static import STATIC_METRICS, estimate_influence
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
@@ -67,49 +68,50 @@ def influence(
         devices: processes, one for each device.
         strategy: as in Lightning's Fabric; model_parallel spreads each block over the processes.
     """
-    make_folder(output)
+    folder = make_folder(output)
     fabric = start_fabric(accelerator, devices, strategy)
-    if fabric.is_global_zero:
-        print(f"Scoring {', '.join(kinds)} sites of {model} on {sequences} sequences of {text.path}.", flush=True)
-    causal_lm, _ = load(
-        model, dtype=dtype, revision=revision, device_map=device_map, attn_implementation=attn_implementation
-    )
-    if device_map is None:
-        torch.nn.Module.to(causal_lm, fabric.device)
-    if isinstance(fabric.strategy, ModelParallelStrategy):
-        shard_blocks(causal_lm, fabric.strategy.device_mesh)
-    data = TextDataModule(
-        tokenizer=model,
-        revision=revision,
-        text=text,
-        domains={},
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        score_sequences=sequences,
-        shares=shares,
-        seed=seed,
-    )
-    loader = data.score_dataloader()
-    batches = tracked(loader, "Scoring") if fabric.is_global_zero else loader
-    about = {
-        "model": model,
-        "text": text.path,
-        "role": "score",
-        "sequence_length": sequence_length,
-        "seed": seed,
-        "bos": data.spec.bos is not None,
-    }
-    table = estimate_influence(causal_lm, batches, metrics, kinds, denominator, leave_out_massive, about)
-    if fabric.is_global_zero:
-        write_influence(table, Path(output))
-        few = max(1, min(6, len(table.sites) // len(kinds) // 2))
-        next_command = [
-            *("depthprune", "prune", "--model", model, "--influence", str(Path(output) / "influence.json")),
-            *("--metric", metrics[0], "--kinds", f"[{kinds[0]}]", "--remove", str(few)),
-            *("--output", "checkpoints/pruned"),
-        ]
-        print(f"Wrote influence.json, .csv, .png and a TensorBoard figure to {output}.")
-        print(f"Next: {shlex.join(next_command)}")
+    with only_writer(folder, "influence") if fabric.is_global_zero else nullcontext():
+        if fabric.is_global_zero:
+            print(f"Scoring {', '.join(kinds)} sites of {model} on {sequences} sequences of {text.path}.", flush=True)
+        causal_lm, _ = load(
+            model, dtype=dtype, revision=revision, device_map=device_map, attn_implementation=attn_implementation
+        )
+        if device_map is None:
+            torch.nn.Module.to(causal_lm, fabric.device)
+        if isinstance(fabric.strategy, ModelParallelStrategy):
+            shard_blocks(causal_lm, fabric.strategy.device_mesh)
+        data = TextDataModule(
+            tokenizer=model,
+            revision=revision,
+            text=text,
+            domains={},
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            score_sequences=sequences,
+            shares=shares,
+            seed=seed,
+        )
+        loader = data.score_dataloader()
+        batches = tracked(loader, "Scoring") if fabric.is_global_zero else loader
+        about = {
+            "model": model,
+            "text": text.path,
+            "role": "score",
+            "sequence_length": sequence_length,
+            "seed": seed,
+            "bos": data.spec.bos is not None,
+        }
+        table = estimate_influence(causal_lm, batches, metrics, kinds, denominator, leave_out_massive, about)
+        if fabric.is_global_zero:
+            write_influence(table, folder)
+            few = max(1, min(6, len(table.sites) // len(kinds) // 2))
+            next_command = [
+                *("depthprune", "prune", "--model", model, "--influence", str(folder / "influence.json")),
+                *("--metric", metrics[0], "--kinds", f"[{kinds[0]}]", "--remove", str(few)),
+                *("--output", "checkpoints/pruned"),
+            ]
+            print(f"Wrote influence.json, .csv, .png and a TensorBoard figure to {folder}.")
+            print(f"Next: {shlex.join(next_command)}")
 
 
 def write_influence(table: InfluenceTable, folder: Path) -> None:

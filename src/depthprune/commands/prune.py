@@ -42,7 +42,6 @@ def prune(
     sequence_length: int = 256,
     batch_size: int = 4,
     shares: RoleShares = RoleShares(),  # noqa: B008 -- frozen
-    seed: int = 0,
     dtype: str = "auto",
     revision: str | None = None,
     device_map: str | None = None,
@@ -70,7 +69,6 @@ def prune(
         sequence_length: tokens of a sequence.
         batch_size: sequences of a batch.
         shares: shares of the documents for the four roles.
-        seed: seed of the split into roles.
         dtype: auto (as saved), bfloat16, float16 or float32.
         revision: branch, tag or commit on the hub.
         device_map: as in transformers, such as auto.
@@ -84,7 +82,7 @@ def prune(
     for flag, value in flags.items():
         if value is not None and flag not in FLAGS[given[0]]:
             raise ValueError(f"{flag} does not go with {given[0]}, which has its own: leave one of the two out.")
-    check_new_folder(output)
+    output = str(check_new_folder(output))
     trained = read_checkpoint(checkpoint) if checkpoint else None
     causal_lm, tokenizer = load(model, dtype=dtype, revision=revision, device_map=device_map)
     if trained is not None:
@@ -104,6 +102,13 @@ def prune(
     if not chosen.sites:
         raise ValueError("The plan removes nothing: name at least one site, such as block.12.")
     check_plan(causal_lm, chosen)
+    if trained is not None:
+        weights = trained["depthprune"].get("base_weights")
+        if weights and weights != unpruned_fingerprint(causal_lm).weights:
+            raise ValueError(
+                f"The replacements of {checkpoint} were trained on other weights than those of {model}: name the model "
+                "that they were trained on."
+            )
     was_pruned = pruning_record(causal_lm) is not None
     print(f"Removing {', '.join(map(str, chosen.sites))} from {model}.", flush=True)
     if plan_only:
@@ -127,7 +132,6 @@ def prune(
                 batch_size=batch_size,
                 calibration_sequences=sequences,
                 shares=shares,
-                seed=seed,
             )
             batches = tracked(data.calibration_dataloader(), "Calibrating")
         prune_model(causal_lm, chosen, batches)
@@ -167,6 +171,7 @@ def _score_command(output: str) -> str:
 
 
 def _take_replacements(causal_lm: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    own = {f"model.{key}" for key in replacement_state(causal_lm)}
-    assert own == set(state), "a checkpoint of depthprune holds its plan's replacements"
+    own = {f"model.{key}": value.shape for key, value in replacement_state(causal_lm).items()}
+    if own != {key: value.shape for key, value in state.items()}:
+        raise ValueError("The checkpoint is damaged: it lacks parts of its plan's replacements. Name another one.")
     causal_lm.load_state_dict({key.removeprefix("model."): value for key, value in state.items()}, strict=False)

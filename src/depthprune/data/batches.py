@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 import torch.distributed
@@ -64,7 +65,7 @@ class Batches:
         """How many tokens the sequences hold, in all processes together."""
         return self.sequences["input_ids"].numel()
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Changes with any token."""
         return hashlib.sha256(self.sequences["input_ids"].long().numpy().tobytes()).hexdigest()[:16]

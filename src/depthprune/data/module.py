@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from lightning.pytorch import LightningDataModule
 
 from depthprune.data.batches import Batches
+from depthprune.data.opening import open_text
 from depthprune.data.origins import document_origins
 from depthprune.data.packing import PackingSpec, pack
 from depthprune.data.streaming import PackedStream, StreamLoader, stream_loader
-from depthprune.data.text import RoleShares, Text, TextSource, open_text, role_documents
+from depthprune.data.text import RoleShares, Text, TextSource, role_documents
 from depthprune.loading import load_tokenizer
 
 TRAIN = "train"

@@ -52,6 +52,11 @@ class PackingSpec:
         backend.encode_special_tokens = True
         return cls(backend, end_of_text, tokenizer.bos_token_id if starts_with_bos else None)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A tokenizer that went to another process has forgotten that special tokens in the text are plain text."""
+        vars(self).update(state)
+        self.tokenizer.encode_special_tokens = True
+
     def encode(self, text: str) -> tuple[list[int], list[int]]:
         """A document's tokens with the end-of-text token, and how many UTF-8 bytes of the text each stands for.
 

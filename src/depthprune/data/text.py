@@ -4,11 +4,9 @@
 ours, so that reading can go on exactly where it stopped.
 """
 
-import glob
 import re
 import unicodedata
 import warnings
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from json import loads
@@ -17,16 +15,16 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
-from datasets import DatasetBuilder, IterableDataset, load_dataset_builder
+from datasets import IterableDataset
 from torch.utils.data import get_worker_info
 
-from depthprune import embedded
 from depthprune.data.roles import ROLES, RoleShares, digest, role_of
 from depthprune.names import unknown_name
 
-_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+"""The ``datasets`` reader for each ending of a file."""
+
 _COMPRESSED = (".gz",)
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _ROWS_AT_ONCE = 1000
 BAD_ROWS = ("error", "skip")
 
@@ -62,7 +60,7 @@ class TextSource:
     def title(self) -> str:
         """A short name for tables and metrics, such as ``xsum`` or ``openwebtext``."""
         path = PurePosixPath(Path(self.path).as_posix())
-        title = path.name if _format(path) is None else path.name.split(".")[0]
+        title = path.name if file_format(path) is None else path.name.split(".")[0]
         title = re.sub(r"[^\w.-]+", "-", title).strip("-") or "text"
         return f"{path.parent.name or 'text'}-train" if title == "train" else title
 
@@ -89,7 +87,7 @@ class Document:
 
 
 class Text:
-    """An opened text: its files in order, and its documents from any position on. Made by :func:`open_text`.
+    """An opened text: its files in order, and its documents from any position on (see ``data.opening.open_text``).
 
     Attributes:
         source: what was opened.
@@ -107,9 +105,11 @@ class Text:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the names of the files, the split and the columns, but not with the folder they lie in."""
+        """Changes with names and sizes of the files, split and columns, but not with the folder they lie in."""
         source = self.source
-        parts = [source.split, source.column, str(source.group_column), *(PurePosixPath(f).name for f in self.files)]
+        sizes = [Path(file).stat().st_size if Path(file).is_file() else "" for file in self.files]
+        files = [f"{PurePosixPath(file).name} {size}" for file, size in zip(self.files, sizes, strict=True)]
+        parts = [source.split, source.column, str(source.group_column), *files]
         return digest("\n".join(parts)).hex()
 
     def documents(self, file_index: int = 0, row: int = 0) -> Iterator[Document]:
@@ -149,7 +149,7 @@ class Text:
                         yield Document(text, name, Origin(file, index, row))
             first += table.num_rows
         if skipped := self.skipped.get(file):
-            _tell(f"Left out {skipped} rows of {file}, which hold no text.")
+            tell(f"Left out {skipped} rows of {file}, which hold no text.")
 
     def _strings(self, column: pa.ChunkedArray, file: str, row: int) -> list[str | None]:
         """A column as strings, None for rows that are left out; ``row`` is the first one's place in the file."""
@@ -173,10 +173,10 @@ class Text:
         except Exception as error:  # whatever a damaged or missing file makes its reader raise
             if self.source.bad_rows == "skip":
                 self.skipped[file] = None
-                _tell(f"Left out the rest of {file} after {row} rows: it cannot be read ({_first_line(error)}).")
+                tell(f"Left out the rest of {file} after {row} rows: it cannot be read ({first_line(error)}).")
                 return None
             raise ValueError(
-                f"Cannot read {file} of the text {self.source.path} after {row} rows ({_first_line(error)}): "
+                f"Cannot read {file} of the text {self.source.path} after {row} rows ({first_line(error)}): "
                 "repair the file, leave it out with `files`, or set bad_rows to skip."
             ) from error
 
@@ -184,65 +184,6 @@ class Text:
         for column in (self.source.column, self.source.group_column):
             if column is not None and column not in present:
                 raise unknown_name(f"column of the text {self.source.path}", column, present)
-
-
-def open_text(source: TextSource) -> Text:
-    """Find the files of a text and check that they are there, without reading them.
-
-    Raises:
-        ValueError: there is no such text, file, configuration, split or column; a file is empty; the hub cannot be
-            reached; or the data set is a loading script, which ``datasets`` no longer runs.
-    """
-    if source.bad_rows not in BAD_ROWS:
-        raise unknown_name("way with bad_rows", source.bad_rows, BAD_ROWS)
-    source, arguments = _locate(source)
-    try:
-        builder = load_dataset_builder(**arguments)
-        splits = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
-        if not splits.get(source.split):
-            raise unknown_name(f"split of the text {source.path}", source.split, splits)
-        files = splits[source.split]
-        for file in files:
-            if Path(file).is_file() and Path(file).stat().st_size == 0:
-                raise ValueError(f"{file} of the text {source.path} is empty: fetch it again, or leave it out.")
-        rows = _streaming(builder, source, files)
-        assert rows.num_shards == len(files), (rows.num_shards, files)
-    except RuntimeError as error:
-        if "script" not in str(error):
-            raise
-        raise ValueError(
-            f"The text {source.path} is a loading script, which is never run: set `revision: refs/convert/parquet`, "
-            "or name its data files with `files`."
-        ) from error
-    except OSError as error:
-        raise ValueError(
-            f"Cannot open the text {source.path} ({_first_line(error)}): check its name, revision and files; "
-            "a text of the hub needs a connection, a local folder or an embedded name does not."
-        ) from error
-    except ValueError as error:
-        if str(source.path) in str(error):
-            raise
-        raise ValueError(
-            f"Cannot open the text {source.path} ({_first_line(error)}): correct its name, split or files, or repair "
-            "the first file."
-        ) from error
-    return Text(source, rows, files)
-
-
-def _streaming(builder: DatasetBuilder, source: TextSource, files: list[str]) -> IterableDataset:
-    """The rows of a split; opening it reads the beginning of its first file."""
-    try:
-        return builder.as_streaming_dataset(split=source.split)
-    except (EOFError, zlib.error) as error:  # of a compressed file that is cut off
-        raise ValueError(
-            f"Cannot read {files[0]} of the text {source.path} ({_first_line(error)}): repair the file, or leave it "
-            "out with `files`."
-        ) from error
-
-
-def read_documents(source: TextSource) -> Iterator[Document]:
-    """All documents of a text, in reading order (see :func:`open_text` and :meth:`Text.documents`)."""
-    return open_text(source).documents()
 
 
 def role_documents(
@@ -258,40 +199,10 @@ def role_documents(
     return (item for item in text.documents(file_index, row) if role_of(item.group, shares) == role)
 
 
-def _locate(source: TextSource) -> tuple[TextSource, dict[str, Any]]:
-    """The source with its columns filled in, and how ``load_dataset_builder`` finds it."""
-    if not source.path.strip():
-        raise ValueError("The text has no path: name an embedded text, a data set `owner/name`, a file or a folder.")
-    if source.path in embedded.TEXTS:
-        _refuse_ignored(source, "is embedded and has its own", "name", "revision", "split", "files", "column")
-        file = embedded.text_file(source.path)
-        known = TextSource(source.path, column="text", group_column="group", bad_rows=source.bad_rows)
-        return known, {"path": "json", "data_files": {known.split: glob.escape(str(file))}}
-    path = Path(source.path).expanduser()
-    if path.is_file():
-        reader = _format(path)
-        if reader is None:
-            raise ValueError(f"The text {source.path} has none of the endings {', '.join(_FORMATS)}: rename it.")
-        if source.files is not None:
-            raise ValueError(f"The text {source.path} is one file: leave `files` out, or name its folder.")
-        _refuse_ignored(source, "is one file and has none", "name", "revision", "split")
-        return source, {"path": reader, "data_files": {source.split: glob.escape(str(path.resolve()))}}
-    is_path = source.path.startswith((".", "/", "~")) or _format(path) is not None
-    if not path.is_dir() and (is_path or not _HUB_NAME.fullmatch(source.path)):
-        kind = "text (neither an embedded name, a data set `owner/name`, nor a file or folder that exists)"
-        raise unknown_name(kind, source.path, embedded.TEXTS)
-    arguments: dict[str, Any] = {"path": str(path.resolve()) if path.is_dir() else source.path, "name": source.name}
-    if source.files is not None:
-        arguments["data_files"] = {source.split: source.files}
-    if not path.is_dir():
-        arguments["revision"] = source.revision
-    return source, arguments
-
-
-def _format(path: PurePosixPath | Path) -> str | None:
+def file_format(path: PurePosixPath | Path) -> str | None:
     """The ``datasets`` reader for a file's ending, or None."""
     suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSED]
-    return _FORMATS.get(suffixes[-1]) if suffixes else None
+    return FORMATS.get(suffixes[-1]) if suffixes else None
 
 
 def _plain_values(column: pa.ChunkedArray) -> list[Any]:
@@ -305,15 +216,7 @@ def _plain_values(column: pa.ChunkedArray) -> list[Any]:
     return values
 
 
-def _refuse_ignored(source: TextSource, why: str, *names: str) -> None:
-    """Refuse settings that would be passed over without a word."""
-    default = TextSource(source.path)
-    ignored = [name for name in names if getattr(source, name) != getattr(default, name)]
-    if ignored:
-        raise ValueError(f"The text {source.path} {why}: leave {', '.join(f'text.{name}' for name in ignored)} out.")
-
-
-def _tell(message: str) -> None:
+def tell(message: str) -> None:
     """Warn, once for all workers of a data loader."""
     worker = get_worker_info()
     if worker is None or worker.id == 0:
@@ -332,5 +235,6 @@ def _text_group(text: str) -> str:
     return digest(" ".join(unicodedata.normalize("NFKC", text).casefold().split())).hex()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says first."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

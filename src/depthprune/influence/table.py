@@ -94,8 +94,8 @@ class InfluenceTable:
         """
         if not kinds:
             raise ValueError("kinds is empty: name at least one of block, attention, mlp.")
-        if remove < 1:
-            raise ValueError(f"Cannot remove {remove} sites: ask for 1 or more.")
+        if type(remove) is not int or remove < 1:
+            raise ValueError(f"Cannot remove {remove!r} sites: ask for 1 or more.")
         order = self.order(metric, kinds)
         chosen: list[Site] = []
         for site in order:
@@ -153,7 +153,7 @@ class InfluenceTable:
             if not values:
                 raise ValueError("it holds no metric")
             fingerprint = Fingerprint(data["fingerprint"]["architecture"], data["fingerprint"]["weights"])
-            return cls(values, fingerprint, data["provenance"])
+            return cls(values, fingerprint, dict(data["provenance"]))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{origin} is a damaged influence table ({error!r}): make it anew.") from error
 

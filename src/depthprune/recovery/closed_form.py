@@ -32,6 +32,9 @@ def calibrate(model: PreTrainedModel, plan: PruningPlan, means: Mapping[Site, Te
         model: the model, its slots installed for ``plan``.
         plan: the plan.
         means: the mean update ``(D,)`` of every site in :func:`sites_to_measure`, from the unpruned stream.
+
+    Raises:
+        ValueError: one of them is not finite.
     """
     anatomy = Anatomy.of(model)
     for removal in plan.removals:
@@ -41,6 +44,10 @@ def calibrate(model: PreTrainedModel, plan: PruningPlan, means: Mapping[Site, Te
         parts = torch.stack([means[site] for site in _source_sites(anatomy, plan, removal)])
         # the updates of a run of blocks add up; another source is averaged
         mean = parts.mean(0) if replacement.source != "own" else parts.sum(0)
+        if not torch.isfinite(mean).all():
+            raise ValueError(
+                f"The mean update of {removal.sites[0]} is not finite: check the model's weights and the text."
+            )
         replacement.calibrate(mean.to(replacement.mean))
 
 

@@ -23,8 +23,16 @@ from depthprune.recovery.checkpoint_io import WholeCheckpointIO
 from depthprune.recovery.closed_form import calibrate_on
 from depthprune.recovery.divergence import divergence, document_numbers, gradients_are_finite
 from depthprune.recovery.objectives import OBJECTIVES
-from depthprune.recovery.resume import check_checkpoint, fit_settings, number_optimizer_states, run_settings
+from depthprune.recovery.resume import (
+    check_accumulation,
+    check_checkpoint,
+    fit_settings,
+    number_optimizer_states,
+    run_settings,
+    stopped_early,
+)
 from depthprune.recovery.scoring import DomainScoring
+from depthprune.recovery.stopping import StopRequest
 from depthprune.sites import PruningPlan
 from depthprune.surgery import (
     check_plan,
@@ -89,6 +97,8 @@ class RecoveryModule(DomainScoring):
         self._dropout_seed: int | None = None
         self._diverged: tuple[float, list[int]] | None = None  # a loss that is not finite, and its documents
         self.start_step: int | None = None  # where training began or went on
+        self.base_weights = ""  # a hash, once the model is there
+        self._stop = StopRequest()
 
     @classmethod
     def of(cls, model: PreTrainedModel, plan: str, **settings: Any) -> RecoveryModule:
@@ -132,8 +142,10 @@ class RecoveryModule(DomainScoring):
         if open_slots(self.model):
             return
         check_plan(self.model, self.plan)
+        fingerprint = unpruned_fingerprint(self.model)
+        self.base_weights = fingerprint.weights
         if self.plan.fingerprint is None:  # checkpoints carry the plan, and must not be put into another model
-            self.plan = replace(self.plan, fingerprint=unpruned_fingerprint(self.model))
+            self.plan = replace(self.plan, fingerprint=fingerprint)
         self.model.requires_grad_(False)
         install_slots(self.model, self.plan)
         if self.hparams["gradient_checkpointing"]:
@@ -161,10 +173,23 @@ class RecoveryModule(DomainScoring):
             self._dropout_seed = torch.initial_seed()
 
     def on_train_start(self) -> None:
-        """Say where a resumed run goes on."""
+        """Say where a resumed run goes on, and answer a SIGTERM from now on.
+
+        Raises:
+            ValueError: checkpoints would be taken in the middle of an accumulation.
+        """
+        check_accumulation(self.trainer)
+        self._stop.listen(self.trainer)
         self.start_step = self.global_step
         if self.start_step:
             self.print(f"Going on after step {self.start_step}, from {self.trainer.ckpt_path}.")
+            if stopped_early(self.trainer):
+                self.print("EarlyStopping had ended the run: to train on, start anew with --ckpt_path null.")
+                self.trainer.should_stop = True
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Stop here if the run was asked to."""
+        self._stop.after_batch(self.trainer)
 
     def on_validation_start(self) -> None:
         """Calibrate if the run only validates."""
@@ -241,7 +266,11 @@ class RecoveryModule(DomainScoring):
                 f"{sorted(set(state_dict) - expected)[:3]} too many. Use the plan and replacement it was made with."
             )
         self.is_calibrated = True
-        return nn.Module.load_state_dict(self, state_dict, strict=False, assign=assign)
+        try:
+            return nn.Module.load_state_dict(self, state_dict, strict=False, assign=assign)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"The checkpoint's tensors have other shapes ({reason}): name another one.") from error
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the plan and what resuming must not change."""
@@ -250,6 +279,7 @@ class RecoveryModule(DomainScoring):
             "settings": run_settings(self.hparams),
             "fit_settings": fit_settings(self),
             "dropout_seed": self._dropout_seed,
+            "base_weights": self.base_weights,
         }
         number_optimizer_states(self, checkpoint, saving=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,14 +36,16 @@ def fit_settings(module: Any) -> dict[str, Any]:
     return {
         **{name: module.hparams[name] for name in ("dtype", "attn_implementation")},
         "optimizer": type(optimizer).__name__,
-        **_numbers("optimizer", optimizer.defaults),
+        **_plain("optimizer", optimizer.defaults),
         "scheduler": type(scheduler).__name__ if scheduler else None,
-        **_numbers("scheduler", scheduler.state_dict() if scheduler else {}),
+        **_plain("scheduler", scheduler.state_dict() if scheduler else {}),
         "domains": domains,
         "evaluation_sequences": getattr(data, "evaluation_sequences", None),
         "precision": trainer.precision,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": trainer.gradient_clip_val,
+        **{f"data.{name}": getattr(data, name, None) for name in ("sequence_length", "restart_positions")},
+        **{f"text of {name}": batches.fingerprint for name, batches in (data.val_dataloader() if data else {}).items()},
     }
 
 
@@ -60,6 +62,11 @@ def check_checkpoint(module: Any, checkpoint: Mapping[str, Any]) -> None:
     if [removal.to_dict() for removal in plan.removals] != [removal.to_dict() for removal in module.plan.removals]:
         raise ValueError(f"The checkpoint was made with another plan or replacement: {ANEW}.")
     _check_same(saved["settings"], run_settings(module.hparams))
+    if saved.get("base_weights", module.base_weights) != module.base_weights:
+        raise ValueError(
+            f"The weights of {module.hparams['base']} changed since the checkpoint was made: put the old ones back, or "
+            "start anew with --ckpt_path null or in another folder."
+        )
     if module.trainer.state.fn == TrainerFn.FITTING:
         _check_same(saved["fit_settings"], fit_settings(module))
 
@@ -94,6 +101,32 @@ def _check_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             )
 
 
-def _numbers(owner: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of an optimizer's or a schedule's settings that are numbers, by a name that says whose they are."""
-    return {f"{owner}.{name}": value for name, value in values.items() if isinstance(value, int | float)}
+def _plain(owner: str, values: Mapping[Any, Any] | Sequence[Any]) -> dict[str, Any]:
+    """An optimizer's or a schedule's settings that are numbers or words, nested ones by their whole path."""
+    found: dict[str, Any] = {}
+    for name, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+        path = f"{owner}.{name}"
+        if isinstance(value, int | float | str):
+            found[path] = value
+        elif isinstance(value, Mapping | list | tuple):
+            found |= _plain(path, value)
+    return found
+
+
+def check_accumulation(trainer: Any) -> None:
+    """Refuse validations, after which checkpoints are taken, between two optimizer steps: no file holds gradients.
+
+    Raises:
+        ValueError: val_check_interval is no multiple of accumulate_grad_batches.
+    """
+    every, steps = trainer.val_check_batch, trainer.accumulate_grad_batches
+    if every != float("inf") and every < trainer.num_training_batches and every % steps:
+        raise ValueError(
+            f"A validation after every {every} batches would come between two optimizer steps of {steps} batches each: "
+            "set trainer.val_check_interval to a multiple of trainer.accumulate_grad_batches."
+        )
+
+
+def stopped_early(trainer: Any) -> bool:
+    """Whether a callback had ended the run that goes on now."""
+    return any(stopper.wait_count >= stopper.patience for stopper in trainer.early_stopping_callbacks)

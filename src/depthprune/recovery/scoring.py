@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from lightning import LightningModule
@@ -80,9 +81,10 @@ class DomainScoring(LightningModule):
             position: what the slots are switched to, one of ``depthprune.surgery.POSITIONS``.
             loaders: batches by domain.
         """
-        with switched(self.causal_lm, position):
+        with switched(self.causal_lm, position), self.trainer.precision_plugin.val_step_context():
             return {
-                name: document_loss(self.causal_lm, loader, loader.document_count) for name, loader in loaders.items()
+                name: document_loss(self.causal_lm, self._as_validated(loader), loader.document_count)
+                for name, loader in loaders.items()
             }
 
     def start_losses(self) -> dict[str, DomainLoss]:
@@ -100,6 +102,11 @@ class DomainScoring(LightningModule):
             self.print("Scoring every validation set before the first step.")
             self._start = self.losses_at("replacement", self.text_data().val_dataloader())
         return self._start
+
+    def _as_validated(self, loader: Batches) -> Iterator[Batch]:
+        """Those batches of a loader that the Trainer validates on."""
+        limit = self.trainer.limit_val_batches
+        return islice(loader, int(limit * len(loader)) if isinstance(limit, float) else limit)
 
     def _start_domains(self, loaders: Mapping[str, Batches]) -> None:
         self.domain_metrics = {
