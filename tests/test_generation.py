@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast, StaticCache
 
 from depthprune.loading import load, save
 from depthprune.pruning import prune, swapped
@@ -176,3 +176,21 @@ def test_compiled(family: str) -> None:
     with swapped(model, whole, calibration()):
         assert difference(logits(model), wanted) < 1e-5
     assert difference(logits(prune(model, whole, calibration())), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_static_caches_that_were_made_beforehand(family: str) -> None:
+    model = tiny_model(family)
+    wanted = plain_logits(without(model, {"attention.1": NOTHING, "block.4": NOTHING}), tiny_batch())
+    prune(model, PruningPlan.of("attention.1", "block.4"))
+    config = model.config.get_text_config()
+    grouped = family not in ("gpt_neox", "gpt2", "opt")
+    heads = config.num_key_value_heads if grouped else config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = StaticCache(config=config, max_cache_len=tiny_batch()["input_ids"].shape[1])
+    cache.early_initialization(
+        batch_size=3, num_heads=heads, head_dim=width, dtype=torch.float32, device=torch.device("cpu")
+    )
+    with torch.no_grad():
+        found = model(**tiny_batch(), past_key_values=cache, use_cache=True).logits
+    assert difference(found, wanted) < 1e-5

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from depthprune.loading import load, load_tokenizer, parse_dtype, save
 from depthprune.pruning import prune
@@ -131,3 +132,64 @@ def test_damaged_plain_folders(tmp_path: Path, tiny_tokenizer: Any) -> None:
         damage(folder / "model.safetensors")
         with pytest.raises(ValueError, match="Cannot load the model"):
             load(folder)
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a folder's weights."""
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_weights_that_do_not_fill_the_model(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    for name in ("lacking", "more", "fewer", "biased"):
+        save(tiny_model(), tiny_tokenizer, tmp_path / name)
+    rewritten(tmp_path / "lacking", lambda state: state.pop("model.layers.2.mlp.down_proj.weight"))
+    for name, entry, value in (("more", "num_hidden_layers", 7), ("fewer", "num_hidden_layers", 5)):
+        edit(lambda config, entry=entry, value=value: config.update({entry: value, "layer_types": None}))(  # type: ignore[misc]
+            tmp_path / name / "config.json"
+        )
+    edit(lambda config: config.update(mlp_bias=False))(tmp_path / "biased" / "config.json")
+    for name, message in {
+        "lacking": r"lack model\.layers\.2\.mlp\.down_proj\.weight",
+        "more": r"lack model\.layers\.6\..* more: they and config\.json do not belong together",
+        "fewer": r"hold, beyond what config\.json describes, model\.layers\.5\.",
+        "biased": r"hold, beyond what config\.json describes, model\.layers\.0\.mlp\.down_proj\.bias",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "x",
+        {},
+        {"plan": None},
+        {"kept_blocks": None},
+        {"kept_blocks": [0, 0, 0, 0, 0]},
+        {"kept_blocks": [0, 1]},
+        {"unpruned": {}},
+        {"unpruned": {"architecture": {}, "weights": "x"}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sites", ["block.2", "mlp.2"])
+def test_damaged_records_of_a_pruning(tmp_path: Path, tiny_tokenizer: Any, record: Any, sites: str) -> None:
+    save(prune(tiny_model(), PruningPlan.of(sites)), tiny_tokenizer, tmp_path / "pruned")
+    name = "depthprune" if sites == "block.2" else "record"
+
+    def damage(config: dict[str, Any]) -> None:
+        config[name] = {**config[name], **record} if record and isinstance(record, dict) else record
+
+    edit(damage)(tmp_path / "pruned" / "config.json")
+    with pytest.raises(ValueError, match=r"save the model anew|make one with|make it anew"):
+        load(tmp_path / "pruned")
+
+
+def test_weights_on_disk_are_refused(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    save(tiny_model(), tiny_tokenizer, tmp_path / "whole")
+    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+    places["model.rotary_emb"] = "cpu"
+    with pytest.raises(ValueError, match=r"Cannot load the model|stay on disk"):
+        load(tmp_path / "whole", device_map=places)

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -198,3 +199,80 @@ def test_bf16_models(replacement: str) -> None:
     assert got.dtype == torch.bfloat16
     assert difference(got, wanted, batch["attention_mask"]) < 0.02  # the constant is rounded to bf16
     assert torch.equal(plain_logits(model, batch), before)
+
+
+def test_a_model_that_can_be_switched_is_not_written_by_save_pretrained(tmp_path: Path) -> None:
+    model = tiny_model()
+    with (
+        dp.swapped(model, PruningPlan.of("attention.1")),
+        pytest.raises(ValueError, match=r"use depthprune\.save, after depthprune\.prune"),
+    ):
+        model.save_pretrained(tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
+    model.save_pretrained(tmp_path / "whole")
+    dp.prune(model, PruningPlan.of("mlp.1"))
+    with dp.swapped(model, PruningPlan.of("block.2")):
+        pass
+    with pytest.raises(ValueError, match=r"use depthprune\.save"):
+        model.save_pretrained(tmp_path / "lost")
+
+
+def test_models_that_share_a_config_keep_their_own() -> None:
+    one = tiny_model("qwen2")
+    other = type(one)(one.config).eval()
+    logits = other(**tiny_batch("left")).logits
+    dp.prune(one, PruningPlan.of("block.1", "mlp.3"))
+    assert other.config.num_hidden_layers == 6
+    assert torch.equal(other(**tiny_batch("left")).logits, logits)
+    assert all(getattr(module, "config", one.config) is one.config for module in one.modules())
+
+
+def test_means_that_are_not_finite_are_refused() -> None:
+    model = tiny_model()
+    before = snapshot(model)
+    with torch.no_grad():
+        weight = model.get_parameter("model.layers.2.mlp.down_proj.weight")
+        kept = weight[0, 0].item()
+        weight[0, 0] = float("nan")
+        with pytest.raises(ValueError, match=r"mean update of block\.3 is not finite: check the model's weights"):
+            dp.prune(model, PruningPlan.of("block.3", replacement="emulated_update"), calibration())
+        weight[0, 0] = kept
+    assert_same(model, before)
+    for scale in (1e39, 10**400, float("inf"), float("nan"), True):
+        with pytest.raises(ValueError, match=r"give a finite number up to|give a number"):
+            dp.prune(model, PruningPlan.of("block.3", replacement="emulated_update", scale=scale), calibration())
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (["some text"], "A batch is a mapping with input_ids"),
+        ([torch.ones(2, 3).long()], "A batch is a mapping with input_ids"),
+        ([{"ids": torch.ones(2, 3).long()}], "A batch is a mapping with input_ids"),
+        ([{"input_ids": [[1, 2]]}], "A batch is a mapping with input_ids"),
+        ([{"input_ids": torch.ones(0, 3).long()}], "A batch is a mapping with input_ids"),
+        ([{"input_ids": torch.ones(2, 3)}], "A batch is a mapping with input_ids"),
+        ([{"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.ones(2, 2)}], "attention_mask has another"),
+        ([{"input_ids": torch.full((1, 3), 97)}], "tokens from 97 to 97, and the model knows 0 to 96"),
+        ("text", "There are no batches"),
+        (None, "There are no batches"),
+    ],
+    ids=str,
+)
+def test_batches_that_are_none(batches: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dp.estimate_influence(tiny_model(), batches)
+
+
+@pytest.mark.parametrize("name", [["block.1"], 1, None, "block"])
+def test_names_that_are_no_sites(name: Any) -> None:
+    with pytest.raises(ValueError, match="is not a site"):
+        PruningPlan.of(name)
+
+
+def test_sites_inside_a_removed_block_are_not_scored() -> None:
+    model = tiny_model()
+    with dp.swapped(model, PruningPlan.of("block.2")):
+        with pytest.raises(ValueError, match=r"(attention|mlp)\.2 does not run while its block is removed"):
+            dp.estimate_influence(model, calibration())
+        assert dp.estimate_influence(model, calibration(), kinds=["block"])["cosine"]["block.2"] == 0.0

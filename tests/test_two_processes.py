@@ -116,8 +116,9 @@ def test_a_run_of_one_layout_goes_on_in_another(
     assert len(recorded(resumed)) == LONG // 2 + 1
 
 
-@pytest.mark.parametrize("layout", ["ddp", "sharded"])
-@pytest.mark.parametrize(("hook", "saved"), [("on_train_batch_end", 5), ("on_validation_batch_end", 7)])
+@pytest.mark.parametrize(
+    ("layout", "hook", "saved"), [("ddp", "on_validation_batch_end", 7), ("sharded", "on_train_batch_end", 5)]
+)
 def test_a_sigterm_to_one_process_stops_both(
     layout: str, hook: str, saved: int, workshop: Workshop, layouts: dict[str, Path], tmp_path: Path
 ) -> None:

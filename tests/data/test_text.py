@@ -266,3 +266,38 @@ def test_a_compressed_file_that_is_cut_off(tmp_path: Path) -> None:
         documents, skipped = left_out(replace(source, bad_rows="skip"))
     assert documents[0] == "whole"
     assert skipped == {"b.jsonl.gz": None}
+
+
+def test_a_first_file_that_cannot_be_read_is_skipped_where_asked_for(tmp_path: Path) -> None:
+    write_lines(tmp_path / "d.jsonl", [{"text": "sound"}])
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": \n')
+    (tmp_path / "b.jsonl").write_text("")
+    (tmp_path / "c.jsonl").write_bytes(bytes(range(256)))
+    with pytest.raises(ValueError, match=r"\.jsonl|first file"):
+        texts(TextSource(str(tmp_path)))
+    with pytest.warns(UserWarning, match="Left out") as told:
+        found = texts(TextSource(str(tmp_path), bad_rows="skip"))
+    assert found == ["sound"]
+    assert {name for name in "abc" for warning in told if f"{name}.jsonl" in str(warning.message)} == set("abc")
+    (tmp_path / "d.jsonl").unlink()
+    (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "c.jsonl").unlink()
+    with (
+        pytest.warns(UserWarning, match="which is empty"),
+        pytest.raises(ValueError, match=r"No file of the text .* can be read"),
+    ):
+        open_text(TextSource(str(tmp_path), bad_rows="skip"))
+
+
+def test_an_empty_compressed_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b""))
+    with pytest.raises(ValueError, match=r"x\.jsonl\.gz.*repair the file"):
+        open_text(TextSource(str(tmp_path / "x.jsonl.gz")))
+
+
+def test_files_of_another_format_are_told(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", [{"text": "one"}])
+    write_lines(tmp_path / "b.jsonl", [{"text": "two"}])
+    (tmp_path / "c.txt").write_text("three\n")
+    with pytest.warns(UserWarning, match=r"of another format, and left out: \['c\.txt'\]"):
+        assert texts(TextSource(str(tmp_path))) == ["one", "two"]

@@ -167,6 +167,19 @@ def test_a_base_whose_weights_changed_is_refused(workshop: Workshop, tmp_path: P
     assert f"The weights of {base} changed since the checkpoint was made" in said
 
 
+def test_a_text_that_changed_is_refused(workshop: Workshop, tmp_path: Path) -> None:
+    text = tmp_path / "news.jsonl"
+    text.write_bytes(workshop.text.read_bytes())
+    settings = settings_of(workshop, tmp_path / "run", 2)
+    settings["data"]["text"] = {"path": text}
+    config = write_config(tmp_path / "run" / "fit.yaml", settings)
+    assert run("fit", "--config", config) == 0
+    text.write_text(text.read_text().replace("a", "o"))
+    assert "text of" in refusal("fit", "--config", config, "--trainer.max_steps", 4)
+    text.write_bytes(workshop.text.read_bytes() + b'{"text": "one more"}\n')
+    assert "text" in refusal("fit", "--config", config, "--trainer.max_steps", 4)
+
+
 def test_other_betas_and_milestones_are_refused(workshop: Workshop, tmp_path: Path) -> None:
     settings = settings_of(workshop, tmp_path, 2)
     settings["model"]["scheduler"] = {
