@@ -17,7 +17,7 @@ from depthprune.families import (
     pruning_record,
     unpruned_fingerprint,
 )
-from depthprune.influence.static import estimate_influence
+from depthprune.influence.estimate import estimate_influence
 from depthprune.pruning import prune, swapped
 from depthprune.sites import PruningPlan, Site
 from tests import tiny_models

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from depthprune.influence.static import estimate_influence
+    from depthprune.influence.estimate import estimate_influence
     from depthprune.influence.table import InfluenceTable
     from depthprune.loading import load, load_tokenizer, save
     from depthprune.pruning import prune, swapped
@@ -18,7 +18,7 @@ _ROOMS = {
     "PruningPlan": "sites",
     "Removal": "sites",
     "Site": "sites",
-    "estimate_influence": "influence.static",
+    "estimate_influence": "influence.estimate",
     "load": "loading",
     "load_tokenizer": "loading",
     "prune": "pruning",

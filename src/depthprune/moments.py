@@ -39,6 +39,26 @@ class Vectors:
         return torch.linalg.vector_norm(self.values, ord=2, dim=-1)
 
 
+class Sequences:
+    """Which sequence of the batch each of the tokens that count belongs to.
+
+    Attributes:
+        count: how many sequences there are.
+        index: each token's sequence, ``(N,)``; None where all have the same number of tokens, in order.
+    """
+
+    def __init__(self, count: int = 1, index: Tensor | None = None) -> None:
+        self.count = count
+        self.index = index
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Values of tokens ``(M, N)`` summed by sequence, ``(M, B)`` fp64."""
+        if self.index is None:
+            return values.view(len(values), self.count, -1).sum(-1, dtype=torch.float64)
+        sums = torch.zeros(len(values), self.count, dtype=torch.float64, device=values.device)
+        return sums.index_add_(1, self.index.to(values.device), values.double())
+
+
 class Observation:
     """What one site did in one batch: the stream before and after it, and their difference.
 
@@ -46,12 +66,14 @@ class Observation:
         site: the site.
         before: the stream before the site, ``(N, D)``.
         after: the stream after the site, ``(N, D)``.
+        sequences: which sequence each token belongs to; one for all if not given.
     """
 
-    def __init__(self, site: Site, before: Vectors, after: Vectors) -> None:
+    def __init__(self, site: Site, before: Vectors, after: Vectors, sequences: Sequences | None = None) -> None:
         self.site = site
         self.before = before
         self.after = after
+        self.sequences = sequences or Sequences()
 
     @cached_property
     def update(self) -> Vectors:
@@ -88,6 +110,9 @@ def observed(
     stream: dict[str, Any] = {}  # the stream of the present block, and the last one that was turned into vectors
 
     def vectors(tensor: Tensor) -> Vectors:
+        if "sequences" not in stream:
+            index = None if keep[0] is None else keep[0].view(tensor.shape[:2]).nonzero()[:, 0]
+            stream["sequences"] = Sequences(len(tensor), index)
         if stream.get("tensor") is not tensor:
             rows = tensor.detach().flatten(0, 1)
             if keep[0] is not None:
@@ -114,14 +139,14 @@ def observed(
             if attention in wanted or (mlp in wanted and not anatomy.is_parallel):
                 between = vectors(stream.pop("attention"))
                 if attention in wanted:
-                    report(Observation(attention, before, between))
+                    report(Observation(attention, before, between, stream["sequences"]))
             if mlp in wanted and anatomy.is_parallel:
-                report(Observation(mlp, before, vectors(stream.pop("mlp"))))
+                report(Observation(mlp, before, vectors(stream.pop("mlp")), stream["sequences"]))
             after = vectors(output)
             if mlp in wanted and not anatomy.is_parallel:
-                report(Observation(mlp, between, after))
+                report(Observation(mlp, between, after, stream["sequences"]))
             if block in wanted:
-                report(Observation(block, before, after))
+                report(Observation(block, before, after, stream["sequences"]))
 
         return hook
 
@@ -146,7 +171,7 @@ def observed(
 
 
 class SiteMetric(Metric):
-    """Base of metrics over sites: ``update`` takes one observation.
+    """Base of metrics over sites: ``update`` takes one observation, ``end_batch`` comes after a batch's last one.
 
     Args:
         sites: the sites, in the order of the states' rows.
@@ -158,6 +183,9 @@ class SiteMetric(Metric):
         super().__init__(**kwargs)
         self.sites = tuple(sites)
         self.row = {site: row for row, site in enumerate(self.sites)}
+
+    def end_batch(self) -> None:
+        """Nothing, where observations are summed one by one."""
 
 
 class MeanUpdates(SiteMetric):
@@ -211,6 +239,8 @@ def run_observed(
             mask = batch.get("attention_mask")
             next_mask(mask)
             hidden_states(model, batch)
+            for metric in metrics:
+                metric.end_batch()
             tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
     if tokens == 0:
         raise ValueError("There is no token to score or calibrate on: the batches are empty or all padding.")

@@ -28,7 +28,8 @@ from depthprune.devices import start_fabric
 from depthprune.evaluation.domains import document_loss
 from depthprune.families import Anatomy
 from depthprune.files import make_folder, only_writer, whole_file
-from depthprune.influence.static import STATIC_METRICS, estimate_influence
+from depthprune.influence.estimate import estimate_influence
+from depthprune.influence.static import STATIC_METRICS
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
 from depthprune.moments import mean_updates

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from depthprune.influence.static import estimate_influence
+from depthprune.influence.estimate import estimate_influence
 from tests.tiny_models import calibration, tiny_model
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from depthprune.families import Anatomy, unpruned_fingerprint
-from depthprune.influence.static import STATIC_METRICS, StaticInfluence, estimate_influence, massive
+from depthprune.influence.estimate import estimate_influence
+from depthprune.influence.static import STATIC_METRICS, StaticInfluence, massive
 from depthprune.moments import Observation, Vectors, run_observed
 from depthprune.pruning import prune
 from depthprune.sites import KINDS, PruningPlan, Site
@@ -180,9 +181,11 @@ def test_states_do_not_grow() -> None:
     for count in (1, 4):
         metric = StaticInfluence(Anatomy.of(model).sites(), list(STATIC_METRICS), leave_out_massive=True)
         run_observed(model, [tiny_batch(seed=seed) for seed in range(count)], metric.sites, [metric])
-        sizes.append({name: value.shape for name, value in vars(metric).items() if isinstance(value, Tensor)})
-        assert {metric.sums.dtype, metric.tokens.dtype} == {torch.float64}
-        assert not any(value for value in vars(metric).values() if isinstance(value, list))
+        state = {**vars(metric), **vars(metric.sums)}
+        sizes.append({name: value.shape for name, value in state.items() if isinstance(value, Tensor)})
+        assert {value.dtype for value in state.values() if isinstance(value, Tensor)} == {torch.float64}
+        assert not any(value for value in state.values() if isinstance(value, list))
+        assert not metric._parts
     assert sizes[0] == sizes[1]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import TextSource
-from depthprune.influence.static import estimate_influence
+from depthprune.influence.estimate import estimate_influence
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from depthprune import embedded
 from depthprune.families import FAMILIES
-from depthprune.influence.static import STATIC_METRICS
+from depthprune.influence.registry import METRICS
 from depthprune.recovery.objectives import OBJECTIVES
 from depthprune.replacements import REPLACEMENTS
 from depthprune.sites import KINDS
@@ -17,7 +17,7 @@ def names() -> dict[str, dict[str, str]]:
         "embedded texts": {name: text.description for name, text in embedded.TEXTS.items()},
         "model types": {name: "" for family in FAMILIES for name in family.model_types},
         "kinds of site": dict.fromkeys(KINDS, ""),
-        "metrics": {name: _first_line(metric) for name, metric in STATIC_METRICS.items()},
+        "metrics": METRICS,
         "replacements": {
             "none": "Nothing stands in the site's place.",
             **{name: _first_line(kind) for name, kind in REPLACEMENTS.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +18,9 @@ from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import shard_blocks, start_fabric
 from depthprune.figures import influence_figure, write_figure
 from depthprune.files import make_folder, only_writer
-from depthprune.influence.static import STATIC_METRICS, estimate_influence
+from depthprune.influence.ablation import Sampling
+from depthprune.influence.estimate import estimate_influence
+from depthprune.influence.registry import DEFAULT_METRICS
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
 from depthprune.progress import tracked
@@ -28,15 +31,15 @@ def influence(
     model: str,
     text: TextSource,
     output: str,
-    metrics: Sequence[str] = tuple(STATIC_METRICS),
+    metrics: Sequence[str] = DEFAULT_METRICS,
     kinds: Sequence[str] = KINDS,
     denominator: str = "output",
     leave_out_massive: bool = False,
+    sampling: Sampling = Sampling(),  # noqa: B008 -- frozen
     sequences: int = 32,
     sequence_length: int = 256,
     batch_size: int = 4,
     shares: RoleShares = RoleShares(),  # noqa: B008 -- frozen
-    seed: int = 0,
     dtype: str = "auto",
     revision: str | None = None,
     device_map: str | None = None,
@@ -51,15 +54,15 @@ def influence(
         model: an embedded model's name, a hub name or a folder.
         text: the text; its score role is used.
         output: folder for the results.
-        metrics: cosine, relative_l1, relative_l2, l1, l2.
+        metrics: names that `depthprune list` gives; all that one forward pass gives if not named.
         kinds: block, attention, mlp.
         denominator: what relative metrics divide by: the stream after (output) or before (input) the site.
         leave_out_massive: leave out tokens with massive activations.
+        sampling: what metrics that remove sites draw at random.
         sequences: how many sequences to score on.
         sequence_length: tokens of a sequence.
         batch_size: sequences of a batch.
         shares: shares of the documents for the four roles.
-        seed: seed of the split into roles.
         dtype: auto (as saved), bfloat16, float16 or float32.
         revision: branch, tag or commit on the hub.
         device_map: as in transformers, such as auto; leave it out with several processes.
@@ -89,19 +92,28 @@ def influence(
             batch_size=batch_size,
             score_sequences=sequences,
             shares=shares,
-            seed=seed,
         )
         loader = data.score_dataloader()
-        batches = tracked(loader, "Scoring") if fabric.is_global_zero else loader
         about = {
             "model": model,
             "text": text.path,
             "role": "score",
             "sequence_length": sequence_length,
-            "seed": seed,
+            "seed": sampling.seed,
             "bos": data.spec.bos is not None,
         }
-        table = estimate_influence(causal_lm, batches, metrics, kinds, denominator, leave_out_massive, about)
+        start = time.monotonic()
+        table = estimate_influence(
+            causal_lm,
+            loader,
+            metrics,
+            kinds,
+            denominator,
+            leave_out_massive,
+            sampling,
+            about,
+            watch=tracked if fabric.is_global_zero else None,
+        )
         if fabric.is_global_zero:
             write_influence(table, folder)
             few = max(1, min(6, len(table.sites) // len(kinds) // 2))
@@ -110,6 +122,9 @@ def influence(
                 *("--metric", metrics[0], "--kinds", f"[{kinds[0]}]", "--remove", str(few)),
                 *("--output", "checkpoints/pruned"),
             ]
+            seconds, tokens = time.monotonic() - start, table.provenance["tokens"]
+            rate = f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} a second"
+            print(f"Scored {len(table.sites)} sites on {rate}.")
             print(f"Wrote influence.json, .csv, .png and a TensorBoard figure to {folder}.")
             print(f"Next: {shlex.join(next_command)}")
 

@@ -6,19 +6,17 @@ Definitions, for the stream before a site ``x``, after it ``y`` and the update `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from depthprune.families import Anatomy, unpruned_fingerprint
-from depthprune.head import Batch
-from depthprune.influence.table import InfluenceTable
-from depthprune.moments import MeanUpdates, Observation, SiteMetric, Vectors, run_observed
+from depthprune.data.batches import world_and_rank
+from depthprune.influence.clusters import ClusterSums, ClusterTotals, mean
+from depthprune.moments import Observation, SiteMetric, Vectors
 from depthprune.names import unknown_name
-from depthprune.sites import KINDS, Site
+from depthprune.sites import Site
 
 TINY = 1e-30  # keeps a token whose stream is exactly zero from dividing by zero
 MASSIVE = 10.0  # a token is massive where its norm is this many times the site's median
@@ -66,7 +64,7 @@ DENOMINATORS = ("output", "input")
 
 
 class StaticInfluence(SiteMetric):
-    """Means of static metrics over tokens, ``{metric: {site: value}}``.
+    """Means of static metrics over tokens, with standard errors over sequences.
 
     Args:
         sites: the sites.
@@ -74,10 +72,9 @@ class StaticInfluence(SiteMetric):
         denominator: what relative metrics divide by: the stream after (``"output"``) or before (``"input"``) the site.
         leave_out_massive: leave out tokens whose stream norm, before or after the site, is over 10 times the median
             of the batch.
+        resamples: bootstrap resamples to keep (see :class:`~depthprune.influence.clusters.ClusterSums`).
+        seed: of the resamples.
     """
-
-    sums: Tensor
-    tokens: Tensor
 
     def __init__(
         self,
@@ -85,6 +82,8 @@ class StaticInfluence(SiteMetric):
         metrics: Sequence[str],
         denominator: str = "output",
         leave_out_massive: bool = False,
+        resamples: int = 0,
+        seed: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(sites, **kwargs)
@@ -96,76 +95,43 @@ class StaticInfluence(SiteMetric):
         self.metrics = tuple(metrics)
         self.denominator = denominator
         self.leave_out_massive = leave_out_massive
-        shape = (len(self.sites), len(self.metrics))
-        self.add_state("sums", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros(len(self.sites), dtype=torch.float64), dist_reduce_fx="sum")
+        self.sums = ClusterSums(len(self.metrics) * len(self.sites), 2, resamples, seed)
+        self.batches = 0
+        self._parts: dict[int, Tensor] = {}  # of the present batch, by row: (M + 1, B), the last one the tokens
 
     def update(self, observation: Observation) -> None:
-        """Add one site's tokens of one batch."""
-        row = self.row[observation.site]
+        """Take one site's tokens of one batch."""
         denominator = observation.after if self.denominator == "output" else observation.before
-        values = torch.stack([STATIC_METRICS[metric](observation, denominator) for metric in self.metrics])  # (M, N)
+        values = [STATIC_METRICS[metric](observation, denominator) for metric in self.metrics]
+        columns = torch.stack([*values, torch.ones_like(values[0])])  # (M + 1, N)
         if self.leave_out_massive:
-            values = values[:, ~massive(observation)]
-        self.sums[row] += values.sum(1, dtype=torch.float64).to(self.sums.device)
-        self.tokens[row] += values.shape[1]
+            columns = columns.masked_fill(massive(observation), 0.0)
+        self._parts[self.row[observation.site]] = observation.sequences.sums(columns)
+
+    def end_batch(self) -> None:
+        """Add the batch's sums, each sequence a cluster."""
+        device = self.sums.totals.device
+        parts = torch.stack([self._parts[row].to(device) for row in range(len(self.sites))])  # (R, M + 1, B)
+        values, tokens = parts[:, :-1], parts[:, -1:].expand(-1, len(self.metrics), -1)
+        sums = torch.stack([values, tokens], -1).permute(2, 1, 0, 3)  # (B, M, R, 2)
+        self.sums.update(sums.flatten(1, 2), (world_and_rank()[1], self.batches))
+        self.batches += 1
+        self._parts = {}
 
     def compute(self) -> dict[str, dict[Site, float]]:
         """The means over all tokens so far."""
-        means = (self.sums / self.tokens[:, None]).tolist()
+        values = {metric: totals.estimates(mean)[0].tolist() for metric, totals in self.totals().items()}
+        return {metric: dict(zip(self.sites, column, strict=True)) for metric, column in values.items()}
+
+    def totals(self) -> dict[str, ClusterTotals]:
+        """Each metric's sums over all tokens so far, a row for each site."""
+        whole = self.sums.whole()
+        count = len(self.sites)
         return {
-            metric: {site: means[row][column] for row, site in enumerate(self.sites)}
-            for column, metric in enumerate(self.metrics)
+            metric: whole.rows(slice(place * count, (place + 1) * count)) for place, metric in enumerate(self.metrics)
         }
 
 
 def massive(site: Observation) -> Tensor:
     """Which tokens carry massive activations (arXiv 2402.17762), ``(N,)`` bool."""
     return (site.before.l2 > MASSIVE * site.before.l2.median()) | (site.after.l2 > MASSIVE * site.after.l2.median())
-
-
-def estimate_influence(
-    model: PreTrainedModel,
-    batches: Iterable[Batch],
-    metrics: Sequence[str] = tuple(STATIC_METRICS),
-    kinds: Sequence[str] = KINDS,
-    denominator: str = "output",
-    leave_out_massive: bool = False,
-    provenance: Mapping[str, Any] | None = None,
-) -> InfluenceTable:
-    """Score sites, and take their mean updates, in one pass of the trunk.
-
-    Args:
-        model: the model; sites that are gone already are left out.
-        batches: ``{"input_ids": (B, T), "attention_mask": (B, T) or absent}``.
-        metrics: names from :data:`STATIC_METRICS`.
-        kinds: which kinds of site to score.
-        denominator: see :class:`StaticInfluence`.
-        leave_out_massive: see :class:`StaticInfluence`.
-        provenance: where the batches came from, kept in the table and in its plans.
-
-    Raises:
-        ValueError: an unknown metric, kind or denominator, or no token at all.
-    """
-    metrics, kinds = ((names,) if isinstance(names, str) else names for names in (metrics, kinds))
-    batches = [batches] if isinstance(batches, Mapping) else batches
-    for kind in kinds:
-        if kind not in KINDS:
-            raise unknown_name("kind of site", kind, KINDS)
-    if not metrics or not kinds:
-        raise ValueError("Name at least one metric and one kind of site to score.")
-    anatomy = Anatomy.of(model)
-    sites = anatomy.sites(tuple(kinds))
-    influence = StaticInfluence(sites, metrics, denominator, leave_out_massive)
-    means = MeanUpdates(sites, anatomy.hidden_size)
-    run_observed(model, batches, sites, [influence, means])
-    values, updates = influence.compute(), means.compute()
-    with means.sync_context():  # the tokens of all processes
-        tokens = int(means.tokens.max()) if sites else 0
-    about = {
-        **(provenance or {}),
-        "tokens": tokens,
-        "denominator": denominator,
-        "massive_tokens_left_out": leave_out_massive,
-    }
-    return InfluenceTable(values, unpruned_fingerprint(model), about, updates)

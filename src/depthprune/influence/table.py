@@ -31,12 +31,18 @@ class InfluenceTable:
         fingerprint: the unpruned model that was scored.
         provenance: text, tokens, seed, denominator and the like.
         mean_updates: the mean update ``(D,)`` of each site from the same pass, if it was taken; not saved.
+        errors: metric name to site to standard error, over sequences or over batches that share what was drawn; a
+            metric that has none (one sequence only, or nothing random) is left out.
+        stability: metric name to kind of site to, for n from 1, the share of its n lowest sites that stays among the
+            n lowest when the text is resampled.
     """
 
     values: Mapping[str, Mapping[Site, float]]
     fingerprint: Fingerprint
     provenance: Mapping[str, Any]
     mean_updates: Mapping[Site, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    errors: Mapping[str, Mapping[Site, float]] = field(default_factory=dict)
+    stability: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
 
     def __getitem__(self, metric: str) -> dict[str, float]:
         """One metric's influence by site name, such as ``table["cosine"]["attention.12"]``.
@@ -122,6 +128,10 @@ class InfluenceTable:
             "values": {
                 metric: {str(site): value for site, value in column.items()} for metric, column in self.values.items()
             },
+            "errors": {
+                metric: {str(site): value for site, value in column.items()} for metric, column in self.errors.items()
+            },
+            "stability": {metric: dict(kinds) for metric, kinds in self.stability.items()},
         }
 
     def to_json(self, path: Path | str) -> None:
@@ -153,7 +163,12 @@ class InfluenceTable:
             if not values:
                 raise ValueError("it holds no metric")
             fingerprint = Fingerprint(data["fingerprint"]["architecture"], data["fingerprint"]["weights"])
-            return cls(values, fingerprint, dict(data["provenance"]))
+            errors = {
+                metric: {Site.parse(site): float(value) for site, value in column.items()}
+                for metric, column in data.get("errors", {}).items()
+            }
+            steady = {metric: dict(kinds) for metric, kinds in data.get("stability", {}).items()}
+            return cls(values, fingerprint, dict(data["provenance"]), errors=errors, stability=steady)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{origin} is a damaged influence table ({error!r}): make it anew.") from error
 
@@ -167,12 +182,14 @@ class InfluenceTable:
         return cls.from_dict(read_json(path, "an influence table"), str(path))
 
     def to_csv(self, path: Path | str) -> None:
-        """Write one row for each site: its name, kind, block and one column for each metric."""
+        """Write one row for each site: its name, kind, block, and each metric's value and standard error."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["site", "kind", "block", *self.metrics])
+        columns = [(metric, self.values[metric]) for metric in self.metrics]
+        columns += [(f"{metric}_error", column) for metric, column in self.errors.items()]
+        writer.writerow(["site", "kind", "block", *(name for name, _ in columns)])
         for site in self.sites:
-            row = [self.values[metric].get(site, "") for metric in self.metrics]
+            row = [column.get(site, "") for _, column in columns]
             writer.writerow([str(site), site.kind, site.index, *row])
         write_text(path, text.getvalue())
 
