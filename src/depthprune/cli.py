@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ COMMANDS = {
         "score sites; writes JSON, CSV, PNG and a TensorBoard figure",
     ),
     "prune": ("depthprune.commands.prune:prune", "make a plan from influence or site names, and the pruned model"),
+    "compare": ("depthprune.commands.compare:compare", "how far influence tables agree: compare a.json b.json"),
     "list": ("depthprune.commands.catalogue:catalogue", "list everything that has a name: models, texts, metrics, ..."),
     "fetch": ("depthprune.commands.fetch:fetch", "fetch embedded models and texts now"),
 }
@@ -49,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(version("depthprune"))
         return 0
+    if command == "compare":
+        rest = _with_tables(rest)
     keep_freed_memory()
     from jsonargparse import ArgumentError
 
@@ -96,6 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _unexpected(error)
     return 0
+
+
+def _with_tables(arguments: Sequence[str]) -> list[str]:
+    """The tables that are named without a flag, as the flag that takes a list of them."""
+    count = next((place for place, part in enumerate(arguments) if part.startswith("-")), len(arguments))
+    flags = list(arguments[count:])
+    return ["--tables", json.dumps(list(arguments[:count])), *flags] if count else flags
 
 
 def _config_files(arguments: Sequence[str]) -> str:

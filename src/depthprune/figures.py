@@ -16,13 +16,11 @@ from matplotlib.ticker import MaxNLocator
 
 from depthprune.evaluation.domains import Interval
 from depthprune.files import whole_file
-from depthprune.influence.table import InfluenceTable
-from depthprune.names import unknown_name
+from depthprune.influence.figures import influence_figure
 from depthprune.plotting import (
     BLUE,
     GREEN,
     GREY,
-    ORANGE,
     PURPLE,
     RED,
     RESOLUTION,
@@ -32,61 +30,13 @@ from depthprune.plotting import (
     plain,
     tidy,
 )
-from depthprune.report.results import NONE, PLURALS, StudyPlan, StudyResults, variant_label
+from depthprune.report.results import NONE, StudyPlan, StudyResults, variant_label
 
-LOG_SPREAD = 30.0  # a log axis where the largest value is over so many times the smallest
 OWN_SCALE = 3.0  # plans so many times worse than all others get a panel of their own
 
-KIND_STYLES = {"block": (BLUE, "o"), "attention": (ORANGE, "^"), "mlp": (GREEN, "s")}
 VARIANT_COLOURS = (GREY, BLUE, RED, PURPLE, GREEN)
 POINT: dict[str, Any] = {"fmt": "o", "ms": 6, "capsize": 3, "elinewidth": 1.4}
 LINE_STYLES = ((GREY, "s", "--"), (BLUE, "o", "-"), (RED, "^", "-"), (PURPLE, "D", "-"), (GREEN, "v", "-"))
-
-UNITS = {
-    "cosine": "1 − cosine (no unit)",
-    "l1": "|update|₁ (norm)",
-    "l2": "|update|₂ (norm)",
-    "leave_one_out_loss": "nats/token",
-    "leave_one_out_logits": "L2 norm of logits",
-}
-
-
-def influence_figure(table: InfluenceTable, metrics: Sequence[str] | None = None) -> Figure:
-    """Influence by depth: a panel for each metric, a line for each kind of site.
-
-    Args:
-        table: the influence of the sites; higher means keep.
-        metrics: which of its metrics; all if not given.
-
-    Raises:
-        ValueError: the table lacks one of the metrics, or holds none.
-    """
-    names = tuple(metrics) if metrics is not None else table.metrics
-    for name in names:
-        if name not in table.values:
-            raise unknown_name("metric (of this table)", name, table.values)
-    if not names:
-        raise ValueError("There is no metric to draw: name at least one.")
-    figure = new_figure(0.9 + 1.55 * len(names))
-    panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, name in zip(panels, names, strict=True):
-        column = table.of_metric(name)
-        for kind, (colour, marker) in KIND_STYLES.items():
-            points = sorted((site.index, value) for site, value in column.items() if site.kind == kind)
-            if points:
-                axes.plot(*zip(*points, strict=True), color=colour, marker=marker, ms=4, lw=1.2, label=PLURALS[kind])
-        values = list(column.values())
-        if min(values) > 0 and max(values) > LOG_SPREAD * min(values):
-            axes.set_yscale("log")
-        tidy(axes, name, ylabel=_unit(name, table.provenance))
-        axes.grid(axis="x", color="#EEEEEE", lw=0.6)
-    blocks = [site.index for site in table.sites]
-    panels[-1].set_xlim(min(blocks) - 0.7, max(blocks) + 0.7)
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16))
-    panels[-1].set_xlabel("block number (unpruned model)", fontsize=10)
-    figure.align_ylabels()
-    legend(figure, panels)
-    return figure
 
 
 def damage_figure(study: Mapping[str, Any] | StudyResults) -> Figure:
@@ -245,15 +195,6 @@ def curve_label(results: StudyResults, texts: str) -> str:
     if texts == "train":
         return "training documents"
     return f"{texts} ({results.role(texts)}, held out)"
-
-
-def _unit(metric: str, provenance: Mapping[str, Any]) -> str:
-    """The label of an influence axis."""
-    if metric in ("relative_l1", "relative_l2"):
-        norm = {"relative_l1": "₁", "relative_l2": "₂"}[metric]
-        by = {"output": "after", "input": "before"}.get(provenance.get("denominator", ""), "stream")
-        return f"|update|{norm} / |{by}|{norm}"
-    return UNITS.get(metric, "nats/token" if metric.endswith("_loss") else "influence")
 
 
 def _largest(results: StudyResults, plan: StudyPlan) -> float | None:

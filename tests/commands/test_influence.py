@@ -29,7 +29,7 @@ def command(workshop: Workshop, folder: Path, *more: object) -> list[object]:
     ]
 
 
-def test_scores_every_site_and_writes_four_files(
+def test_scores_every_site_and_writes_files_and_figures(
     workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "deep" / "scores"
@@ -63,7 +63,10 @@ def test_scores_every_site_and_writes_four_files(
     assert (folder / "influence.png").read_bytes().startswith(b"\x89PNG")
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    assert events.Tags()["images"] == ["influence by depth"]
+    assert events.Tags()["images"] == ["influence by depth", "agreement of metrics"]
+    assert set(table.errors) == set(table.metrics)
+    assert float(rows[4]["l1_error"]) == table.errors["l1"][table.sites[4]]
+    assert "tokens in" in printed.out
 
 
 def test_takes_what_is_asked_for(workshop: Workshop, tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import shard_blocks, start_fabric
-from depthprune.figures import influence_figure, write_figure
+from depthprune.figures import write_figure
 from depthprune.files import make_folder, only_writer
 from depthprune.influence.ablation import Sampling
 from depthprune.influence.estimate import estimate_influence
+from depthprune.influence.figures import agreement_figure, influence_figure
 from depthprune.influence.registry import DEFAULT_METRICS
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
@@ -130,12 +131,15 @@ def influence(
 
 
 def write_influence(table: InfluenceTable, folder: Path) -> None:
-    """Write a table as influence.json, .csv, .png and as a figure in TensorBoard's event files."""
+    """Write a table as influence.json and .csv, and its figures as PNG and in TensorBoard's event files."""
     table.to_json(folder / "influence.json")
     table.to_csv(folder / "influence.csv")
-    figure = influence_figure(table)
-    write_figure(figure, folder / "influence.png")
+    figures = {"influence by depth": ("influence.png", influence_figure(table))}
+    if len(table.metrics) > 1:
+        figures["agreement of metrics"] = ("agreement.png", agreement_figure(table))
     logger = TensorBoardLogger(folder, name="tensorboard", version="")
     writer: Any = logger.experiment
-    writer.add_figure("influence by depth", figure, close=False)
+    for title, (name, figure) in figures.items():
+        write_figure(figure, folder / name)
+        writer.add_figure(title, figure, close=False)
     logger.finalize("success")

@@ -39,6 +39,12 @@ def correlation(one: dict[Site, float], other: dict[Site, float], coefficient: s
     return float(COEFFICIENTS[coefficient](a, b).statistic)
 
 
+def overlap(one: dict[Site, float], other: dict[Site, float], count: int) -> float:
+    """The share of the first sites to go, lowest influence first, that two columns have in common."""
+    first = [{*sorted(column, key=lambda site: (column[site], -site.index))[:count]} for column in (one, other)]
+    return len(first[0] & first[1]) / count
+
+
 def agreement(table: InfluenceTable, kind: str, coefficient: str = "spearman") -> dict[str, dict[str, float]]:
     """Rank correlation between every two metrics of a table over the sites of one kind."""
     columns = {

@@ -194,8 +194,8 @@ class InfluenceTable:
         write_text(path, text.getvalue())
 
     def plot(self) -> Figure:
-        """Influence by depth, one panel for each kind of site and metric."""
-        from depthprune.figures import influence_figure
+        """Influence by depth with error bars, one panel for each metric."""
+        from depthprune.influence.figures import influence_figure
 
         return influence_figure(self)
 
