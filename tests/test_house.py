@@ -22,6 +22,7 @@ LAYERS = [
         "variants",
         "influence.distance",
         "influence.clusters",
+        "influence.progress",
         "influence.coalitions",
         "data.streaming",
         "influence.table",

@@ -266,3 +266,11 @@ def test_text_without_anything_to_predict() -> None:
     for empty in ([], [{**batch, "attention_mask": torch.zeros_like(batch["input_ids"])}]):
         with pytest.raises(ValueError, match="no token to predict"):
             estimate_influence(tiny_model(), empty, LEAVE_ONE_OUT)
+
+
+def test_sites_that_were_never_drawn_are_told() -> None:
+    batches = small_game()[1][:1]
+    with pytest.raises(ValueError, match=r"subnetwork_loss has no value for block\.\d: .*Raise sampling\.samples"):
+        estimate_influence(
+            small_game()[0], batches, ["subnetwork_loss"], ["block"], sampling=Sampling(samples=1, present=0.75)
+        )

@@ -16,11 +16,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import shard_blocks, start_fabric
+from depthprune.families import unpruned_fingerprint
 from depthprune.figures import write_figure
 from depthprune.files import make_folder, only_writer
 from depthprune.influence.ablation import Sampling
 from depthprune.influence.estimate import estimate_influence
 from depthprune.influence.figures import agreement_figure, influence_figure
+from depthprune.influence.progress import SavedSums
 from depthprune.influence.registry import DEFAULT_METRICS
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
@@ -48,6 +50,7 @@ def influence(
     accelerator: str = "auto",
     devices: int = 1,
     strategy: str = "auto",
+    save_every: int = 16,
 ) -> None:
     """Score sites on a text and write influence.json, .csv, .png and a TensorBoard figure.
 
@@ -71,6 +74,7 @@ def influence(
         accelerator: as in Lightning's Fabric.
         devices: processes, one for each device.
         strategy: as in Lightning's Fabric; model_parallel spreads each block over the processes.
+        save_every: save the sums after so many batches; the same command goes on from there.
     """
     folder = make_folder(output)
     fabric = start_fabric(accelerator, devices, strategy)
@@ -103,6 +107,15 @@ def influence(
             "seed": sampling.seed,
             "bos": data.spec.bos is not None,
         }
+        settings = {
+            **about,
+            **{"metrics": list(metrics), "kinds": list(kinds), "denominator": denominator, "sampling": vars(sampling)},
+            **{"leave_out_massive": leave_out_massive, "batch_size": batch_size, "tokens": loader.fingerprint},
+            "weights": unpruned_fingerprint(causal_lm).weights,
+        }
+        saved = SavedSums(folder / "progress.safetensors", settings, save_every)
+        if saved.done and fabric.is_global_zero:
+            print(f"Going on from what a run before had summed in {folder}.", flush=True)
         start = time.monotonic()
         table = estimate_influence(
             causal_lm,
@@ -114,9 +127,11 @@ def influence(
             sampling,
             about,
             watch=tracked if fabric.is_global_zero else None,
+            saved=saved,
         )
         if fabric.is_global_zero:
             write_influence(table, folder)
+            saved.remove()
             few = max(1, min(6, len(table.sites) // len(kinds) // 2))
             next_command = [
                 *("depthprune", "prune", "--model", model, "--influence", str(folder / "influence.json")),

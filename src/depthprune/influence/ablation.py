@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torchmetrics import Metric, SumMetric
 from transformers import PreTrainedModel
 
 from depthprune.data.batches import world_and_rank
-from depthprune.head import Batch, evaluating, input_device, on_device, predicted_mask
+from depthprune.head import Batch, evaluating, input_device, on_device
 from depthprune.influence.clusters import ClusterSums, Ratio, contrast, mean, one_seed
 from depthprune.influence.coalitions import Charge, Coalition, leave_one_out, permutations, subsets
 from depthprune.influence.costs import COSTS, text_cost
@@ -114,11 +115,16 @@ class AblationInfluence:
         }
         for sums in self.sums.values():
             sums.to(input_device(model))
-        self.batches = 0
+        self.tokens = SumMetric().to(input_device(model))
+
+    @property
+    def states(self) -> dict[str, Metric]:
+        """Everything that is summed, by name."""
+        return {**self.sums, "tokens": self.tokens}
 
     def add(self, batch: Batch) -> None:
         """Run all variants on a batch. The model has to be switchable and in evaluation mode."""
-        place = (world_and_rank()[1], self.batches)
+        place = (world_and_rank()[1], self.tokens._update_count)
         generator = np.random.default_rng((self.sampling.seed, *place))
         charges = {
             design: [charge for game in self.games for charge in self._charges(design, game, generator)]
@@ -135,7 +141,8 @@ class AblationInfluence:
             self._add_charges(design, mine, costs, counts, place)
         if drawn:
             self._add_subsets(drawn, costs, counts, place)
-        self.batches += 1
+        mask = batch.get("attention_mask")
+        self.tokens.update(batch["input_ids"].numel() if mask is None else mask.sum())
 
     def _charges(self, design: str, game: list[Site], generator: np.random.Generator) -> list[Charge]:
         if design == "leave_one_out":
@@ -216,22 +223,15 @@ class AblationInfluence:
         return all(bool(self.estimates(metric)[1].mean() <= target) for metric in sampled)
 
 
-def run_ablation(influence: AblationInfluence, batches: Iterable[Batch]) -> int:
+def run_ablation(influence: AblationInfluence, batches: Iterable[Batch]) -> None:
     """Add batches until they end, or until every sampled metric is as sure as was asked for.
-
-    Returns:
-        The number of tokens that were read, in this process.
 
     Raises:
         ValueError: there is no token to predict.
     """
-    tokens = predicted = 0
     with evaluating(influence.model), switchable(influence.model):
         for batch in on_device(batches, influence.model):
             influence.add(batch)
-            mask = batch.get("attention_mask")
-            tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
-            predicted += int(predicted_mask(batch).sum())
             if influence.is_sure():
                 break
         else:
@@ -241,6 +241,5 @@ def run_ablation(influence: AblationInfluence, batches: Iterable[Batch]) -> int:
                     "samples.",
                     stacklevel=2,
                 )
-    if predicted == 0:
+    if not any(sums.totals[:, 1].any() for sums in influence.sums.values()):
         raise ValueError("There is no token to predict: the batches are empty or all padding.")
-    return tokens

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 
 import torch
 from torch import Tensor
-from torchmetrics import SumMetric
 from transformers import PreTrainedModel
 
 from depthprune.families import Anatomy, unpruned_fingerprint
@@ -14,17 +13,18 @@ from depthprune.head import Batch
 from depthprune.influence.ablation import ABLATION_METRICS, DESIGNS, AblationInfluence, Sampling, run_ablation
 from depthprune.influence.agreement import stability
 from depthprune.influence.clusters import ClusterTotals, Ratio, mean
+from depthprune.influence.progress import SavedSums
 from depthprune.influence.registry import DEFAULT_METRICS, METRICS
 from depthprune.influence.static import STATIC_METRICS, StaticInfluence
 from depthprune.influence.table import InfluenceTable
-from depthprune.moments import MeanUpdates, run_observed
+from depthprune.moments import MeanUpdates, SiteMetric, run_observed
 from depthprune.names import unknown_name
 from depthprune.sites import KINDS, Site
 
 RESAMPLES = 200  # of the text, for how stable an order is
 
-Watch = Callable[[Iterable[Batch], str], Iterator[Batch]]
-"""Goes through batches, given a label, and shows how far it is."""
+Watch = Callable[[Iterable[Batch], str, int | None], Iterator[Batch]]
+"""Goes through batches, given a label and how many there are, and shows how far it is."""
 
 
 def estimate_influence(
@@ -37,6 +37,7 @@ def estimate_influence(
     sampling: Sampling = Sampling(),  # noqa: B008 -- frozen
     provenance: Mapping[str, object] | None = None,
     watch: Watch | None = None,
+    saved: SavedSums | None = None,
 ) -> InfluenceTable:
     """Score sites, with standard errors over sequences.
 
@@ -53,6 +54,7 @@ def estimate_influence(
         sampling: what adaptive metrics draw.
         provenance: where the batches came from, kept in the table and in its plans.
         watch: shows how far each pass is.
+        saved: keeps the sums on the way; a run that was killed goes on from there.
 
     Raises:
         ValueError: an unknown metric, kind or denominator, or no token at all.
@@ -72,34 +74,48 @@ def estimate_influence(
     adaptive = [metric for metric in metrics if metric in ABLATION_METRICS]
     if static and adaptive and isinstance(batches, Iterator):
         batches = list(batches)  # which are gone through twice
-    watch = watch or (lambda items, _: iter(items))
+    watch = watch or (lambda items, _, __: iter(items))
+    read = saved.resumed if saved is not None else (lambda _, __, items: items)
     sites = Anatomy.of(model).sites(kinds)
     found: dict[str, tuple[ClusterTotals, Ratio]] = {}
     updates: Mapping[Site, Tensor] = {}
-    tokens = SumMetric()
+    tokens = 0
     if static:
         influence = StaticInfluence(sites, static, denominator, leave_out_massive, RESAMPLES, sampling.seed)
         means = MeanUpdates(sites, Anatomy.of(model).hidden_size)
-        tokens.update(run_observed(model, watch(batches, "Static metrics"), sites, [influence, means]))
+        both: list[SiteMetric] = [influence, means]
+        left = read("static", {"influence": influence.sums, "means": means}, batches)
+        before = int(means.tokens.max()) if sites else 0
+        run_observed(model, watch(left, "Static metrics", _count(batches, saved, "static")), sites, both, before)
         found |= {metric: (totals, mean) for metric, totals in influence.totals().items()}
         updates = means.compute()
+        with means.sync_context():  # the tokens of all processes
+            tokens = int(means.tokens.max()) if sites else 0
     if adaptive:
         ablation = AblationInfluence(model, sites, adaptive, sampling, resamples=RESAMPLES)
-        count = run_ablation(ablation, watch(batches, "Adaptive metrics"))
-        if not static:
-            tokens.update(count)
+        left = read("adaptive", ablation.states, batches)
+        run_ablation(ablation, watch(left, "Adaptive metrics", _count(batches, saved, "adaptive")))
+        tokens = int(ablation.tokens.compute())
         found |= {
             metric: (sums.whole(), DESIGNS[ABLATION_METRICS[metric][0]]) for metric, sums in ablation.sums.items()
         }
     about = {
         **(provenance or {}),
-        "tokens": int(tokens.compute()),
+        "tokens": tokens,
         "denominator": denominator,
         "massive_tokens_left_out": leave_out_massive,
     }
     if adaptive:
         about["sampling"] = vars(sampling)
     estimates = {metric: found[metric][0].estimates(found[metric][1]) for metric in metrics}
+    for metric in adaptive:
+        values = estimates[metric][0]
+        if not values.isfinite().all():
+            site = sites[int((~values.isfinite()).nonzero()[0])]
+            raise ValueError(
+                f"{metric} has no value for {site}: its loss is not finite, or it was never drawn both absent and "
+                "present. Raise sampling.samples, or score on more text."
+            )
     steady = {metric: _stability(sites, *found[metric]) for metric in metrics}
     return InfluenceTable(
         {metric: _by_site(sites, values) for metric, (values, _) in estimates.items()},
@@ -109,6 +125,12 @@ def estimate_influence(
         {metric: _by_site(sites, errors) for metric, (_, errors) in estimates.items() if errors.isfinite().all()},
         steady,
     )
+
+
+def _count(batches: Iterable[Batch], saved: SavedSums | None, name: str) -> int | None:
+    """How many batches a pass has still to see, if they tell."""
+    done = saved.done.get(name, 0) if saved is not None else 0
+    return len(batches) - done if isinstance(batches, Sized) else None
 
 
 def _by_site(sites: Sequence[Site], values: Tensor) -> dict[Site, float]:

@@ -95,7 +95,7 @@ def matrix_figure(matrices: Mapping[str, Mapping[str, Mapping[str, float]]], lab
         label: of the colours.
     """
     largest = max(len(rows) for rows in matrices.values())
-    figure = new_figure((1.6 + 0.34 * largest) * len(matrices))
+    figure = new_figure(1.2 + (0.6 + 0.3 * largest) * len(matrices))
     panels = figure.subplots(len(matrices), 1, squeeze=False)[:, 0]
     for axes, (title, rows) in zip(panels, matrices.items(), strict=True):
         names = list(rows)
@@ -116,9 +116,10 @@ def matrix_figure(matrices: Mapping[str, Mapping[str, Mapping[str, float]]], lab
         tidy(axes, title, ylabel="")
         axes.grid(visible=False)
         labels = [plain(name) for name in names]
-        axes.set_xticks(range(len(names)), labels, rotation=35, ha="right")
+        below = axes is panels[-1] or names != list(list(matrices.values())[-1])
+        axes.set_xticks(range(len(names)), labels if below else [], rotation=35, ha="right")
         axes.set_yticks(range(len(names)), labels)
-        figure.colorbar(image, ax=axes, label=label, shrink=0.9)
+    figure.colorbar(image, ax=list(panels), label=label, shrink=0.7, aspect=30)
     return figure
 
 

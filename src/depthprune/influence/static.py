@@ -96,7 +96,6 @@ class StaticInfluence(SiteMetric):
         self.denominator = denominator
         self.leave_out_massive = leave_out_massive
         self.sums = ClusterSums(len(self.metrics) * len(self.sites), 2, resamples, seed)
-        self.batches = 0
         self._parts: dict[int, Tensor] = {}  # of the present batch, by row: (M + 1, B), the last one the tokens
 
     def update(self, observation: Observation) -> None:
@@ -114,8 +113,7 @@ class StaticInfluence(SiteMetric):
         parts = torch.stack([self._parts[row].to(device) for row in range(len(self.sites))])  # (R, M + 1, B)
         values, tokens = parts[:, :-1], parts[:, -1:].expand(-1, len(self.metrics), -1)
         sums = torch.stack([values, tokens], -1).permute(2, 1, 0, 3)  # (B, M, R, 2)
-        self.sums.update(sums.flatten(1, 2), (world_and_rank()[1], self.batches))
-        self.batches += 1
+        self.sums.update(sums.flatten(1, 2), (world_and_rank()[1], self.sums._update_count))
         self._parts = {}
 
     def compute(self) -> dict[str, dict[Site, float]]:
