@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from depthprune.influence.angular import angular
+from depthprune.families import Anatomy
+from depthprune.influence.angular import AngularInfluence, angular
 from depthprune.influence.estimate import estimate_influence
 from depthprune.influence.table import InfluenceTable
-from depthprune.moments import Observation, Vectors
+from depthprune.moments import Observation, Vectors, run_observed
 from depthprune.pruning import prune
 from depthprune.sites import PruningPlan, Removal, Site
 from tests import brute_force
@@ -48,7 +49,7 @@ def test_equals_the_angles_of_the_streams(family: str, length: int) -> None:
 
 def test_errors_are_those_of_sequences() -> None:
     model, batch = tiny_model(), tiny_batch(batch=5)
-    table = estimate_influence(model, batch, ["angular"], run_length=2)
+    table = estimate_influence(model, [batch], ["angular"], run_length=2)
     by_sequence = [angles(model, [{"input_ids": ids[None]}], [1, 2]).mean() for ids in batch["input_ids"]]
     wanted = np.std(by_sequence, ddof=1) / np.sqrt(5)
     assert table.errors["angular"][Site(1, "block")] == pytest.approx(wanted, rel=1e-4)
@@ -63,6 +64,21 @@ def test_shares_the_pass_of_static_metrics() -> None:
     alone = estimate_influence(model, calibration(), ["angular"], run_length=2)
     assert table["angular"] == alone["angular"]
     assert len(table["l2"]) == 3 * BLOCKS
+
+
+def test_no_more_streams_are_held_than_a_run_needs() -> None:
+    model, held = tiny_model(), []
+
+    class Watched(AngularInfluence):
+        def update(self, observation: Observation) -> None:
+            super().update(observation)
+            held.append(len(self._before))
+
+    metric = Watched(Anatomy.of(model), 3)
+    run_observed(model, calibration(), Anatomy.of(model).sites(), [metric])
+    assert max(held) == 2
+    assert not metric._before
+    assert not metric._parts
 
 
 def test_massive_tokens_are_left_out() -> None:

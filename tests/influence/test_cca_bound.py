@@ -98,7 +98,7 @@ def test_linear_and_unrelated_reads_are_the_ends() -> None:
 def test_more_tokens_than_fit_in_a_batch_are_the_same_text() -> None:
     model, batch = tiny_model(), tiny_batch("left", 4, 14)
     rows = [{name: values[row : row + 1] for name, values in batch.items()} for row in range(4)]
-    tables = [estimate_influence(model, text, ["cca_bound"]) for text in (batch, rows)]
+    tables = [estimate_influence(model, text, ["cca_bound"]) for text in ([batch], rows)]
     assert tables[0]["cca_bound"] == pytest.approx(tables[1]["cca_bound"], rel=1e-5)
 
 
