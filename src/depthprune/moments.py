@@ -217,24 +217,16 @@ def run_observed(
     batches: Iterable[Batch],
     sites: Sequence[Site],
     metrics: Sequence[SiteMetric],
-    before: int = 0,
 ) -> int:
     """Run the trunk over batches, in evaluation mode, and let every metric see every site.
 
-    Args:
-        model: the model.
-        batches: the text.
-        sites: which sites are looked at.
-        metrics: what sees them.
-        before: tokens that the metrics saw already.
-
     Returns:
-        The number of tokens that counted, in this process, those before included.
+        The number of tokens that counted, in this process.
 
     Raises:
         ValueError: there is no token to count.
     """
-    tokens = before
+    tokens = 0
     for metric in metrics:
         metric.to(input_device(model))
 

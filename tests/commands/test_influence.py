@@ -78,11 +78,28 @@ def test_takes_what_is_asked_for(workshop: Workshop, tmp_path: Path) -> None:
     assert (table.provenance["denominator"], table.provenance["massive_tokens_left_out"]) == ("input", True)
 
 
+def test_metrics_of_one_kind_of_site_and_the_command_that_uses_them(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = ["angular", "attention_sink", "attention_entropy", "taylor", "fisher", "cca_bound", "magnitude"]
+    flags = ["--metrics", f"[{','.join(metrics)}]", "--kinds", "[mlp,attention,block]", "--run_length", 2]
+    assert run(*command(workshop, tmp_path, *flags)) == 0
+    table = InfluenceTable.load(tmp_path / "influence.json")
+    assert table.metrics == tuple(metrics)
+    assert [len(table[metric]) for metric in metrics] == [BLOCKS - 1, BLOCKS, BLOCKS, *[3 * BLOCKS] * 4]
+    printed = capsys.readouterr().out
+    assert "--metric angular --kinds '[block]' --remove 2" in printed
+    rows = list(csv.DictReader((tmp_path / "influence.csv").open()))
+    assert [row["site"] for row in rows if row["angular"]] == list(table["angular"])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--metrics", "[cosin]"], "Unknown metric 'cosin'. Did you mean 'cosine'?"),
         (["--kinds", "[blok]"], "Unknown kind of site 'blok'. Did you mean 'block'?"),
+        (["--metrics", "[attention_sink]", "--kinds", "[mlp]"], "attention_sink scores attentions alone"),
+        (["--metrics", "[angular]", "--run_length", 9], "no run of 9 whole blocks"),
         (["--denominator", "inptu"], "Unknown denominator 'inptu'. Did you mean 'input'?"),
         (["--model", "smollm2-135m"], "Did you mean 'smollm2-135m-instruct-q4'?"),
         (["--text.path", "pubmed"], "Did you mean 'pubmedqa'?"),

@@ -11,7 +11,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from depthprune.influence.estimate import estimate_influence
+from depthprune.influence.registry import DEFAULT_METRICS
 from tests.tiny_models import calibration, tiny_model
+
+METRICS = [*DEFAULT_METRICS, "angular", "attention_sink", "attention_entropy", "taylor", "fisher", "cca_bound"]
 
 
 def share(rank: int, folder: str) -> None:
@@ -19,7 +22,7 @@ def share(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     batches = calibration()[:1] if rank == 0 else calibration()[1:]
-    table = estimate_influence(tiny_model("qwen2"), batches, leave_out_massive=False)
+    table = estimate_influence(tiny_model("qwen2"), batches, METRICS, leave_out_massive=False)
     means = {str(site): mean.tolist() for site, mean in table.mean_updates.items()}
     content = {"values": table.to_dict()["values"], "means": means, "tokens": table.provenance["tokens"]}
     Path(folder, f"{rank}.json").write_text(json.dumps(content))
@@ -35,10 +38,10 @@ def shares(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 
 def test_two_processes_pool_their_sums(shares: list[dict]) -> None:
-    whole = estimate_influence(tiny_model("qwen2"), calibration())
+    whole = estimate_influence(tiny_model("qwen2"), calibration(), METRICS)
     for found in shares:
         for metric in whole.metrics:
-            assert found["values"][metric] == pytest.approx(whole[metric], rel=1e-6)
+            assert found["values"][metric] == pytest.approx(whole[metric], rel=1e-6), metric
         for site, mean in whole.mean_updates.items():
             torch.testing.assert_close(torch.tensor(found["means"][str(site)]), mean, rtol=1e-5, atol=1e-6)
 

@@ -38,6 +38,7 @@ def influence(
     kinds: Sequence[str] = KINDS,
     denominator: str = "output",
     leave_out_massive: bool = False,
+    run_length: int = 1,
     sampling: Sampling = Sampling(),  # noqa: B008 -- frozen
     sequences: int = 32,
     sequence_length: int = 256,
@@ -62,6 +63,7 @@ def influence(
         kinds: block, attention, mlp.
         denominator: what relative metrics divide by: the stream after (output) or before (input) the site.
         leave_out_massive: leave out tokens with massive activations.
+        run_length: blocks of the runs that angular scores.
         sampling: what metrics that remove sites draw at random.
         sequences: how many sequences to score on.
         sequence_length: tokens of a sequence.
@@ -128,14 +130,18 @@ def influence(
             about,
             watch=tracked if fabric.is_global_zero else None,
             saved=saved,
+            run_length=run_length,
         )
         if fabric.is_global_zero:
             write_influence(table, folder)
             saved.remove()
+            scored = table.of_metric(metrics[0])  # which may be of one kind alone
+            kind = next(kind for kind in kinds if any(site.kind == kind for site in scored))
             few = max(1, min(6, len(table.sites) // len(kinds) // 2))
+            few = run_length if metrics[0] == "angular" and run_length > 1 else few
             next_command = [
                 *("depthprune", "prune", "--model", model, "--influence", str(folder / "influence.json")),
-                *("--metric", metrics[0], "--kinds", f"[{kinds[0]}]", "--remove", str(few)),
+                *("--metric", metrics[0], "--kinds", f"[{kind}]", "--remove", str(few)),
                 *("--output", "checkpoints/pruned"),
             ]
             seconds, tokens = time.monotonic() - start, table.provenance["tokens"]

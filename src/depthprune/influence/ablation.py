@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric, SumMetric
 from transformers import PreTrainedModel
 
 from depthprune.data.batches import world_and_rank
@@ -115,16 +114,10 @@ class AblationInfluence:
         }
         for sums in self.sums.values():
             sums.to(input_device(model))
-        self.tokens = SumMetric().to(input_device(model))
-
-    @property
-    def states(self) -> dict[str, Metric]:
-        """Everything that is summed, by name."""
-        return {**self.sums, "tokens": self.tokens}
 
     def add(self, batch: Batch) -> None:
         """Run all variants on a batch. The model has to be switchable and in evaluation mode."""
-        place = (world_and_rank()[1], self.tokens._update_count)
+        place = (world_and_rank()[1], self.sums[self.metrics[0]]._update_count)
         generator = np.random.default_rng((self.sampling.seed, *place))
         charges = {
             design: [charge for game in self.games for charge in self._charges(design, game, generator)]
@@ -141,8 +134,6 @@ class AblationInfluence:
             self._add_charges(design, mine, costs, counts, place)
         if drawn:
             self._add_subsets(drawn, costs, counts, place)
-        mask = batch.get("attention_mask")
-        self.tokens.update(batch["input_ids"].numel() if mask is None else mask.sum())
 
     def _charges(self, design: str, game: list[Site], generator: np.random.Generator) -> list[Charge]:
         if design == "leave_one_out":

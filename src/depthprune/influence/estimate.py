@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric, SumMetric
 from transformers import PreTrainedModel
 
 from depthprune.families import Anatomy, unpruned_fingerprint
-from depthprune.head import Batch
+from depthprune.head import Batch, check_batch, input_device
 from depthprune.influence.ablation import ABLATION_METRICS, DESIGNS, AblationInfluence, Sampling, run_ablation
 from depthprune.influence.agreement import stability
+from depthprune.influence.angular import AngularInfluence
+from depthprune.influence.attention import ATTENTION_METRICS, AttentionInfluence, run_attention
+from depthprune.influence.baselines import BASELINES
+from depthprune.influence.cca_bound import run_cca_bound, site_groups
 from depthprune.influence.clusters import ClusterTotals, Ratio, mean
+from depthprune.influence.gradient import GRADIENT_METRICS, GradientInfluence, run_gradient
 from depthprune.influence.progress import SavedSums
 from depthprune.influence.registry import DEFAULT_METRICS, METRICS
 from depthprune.influence.static import STATIC_METRICS, StaticInfluence
 from depthprune.influence.table import InfluenceTable
 from depthprune.moments import MeanUpdates, SiteMetric, run_observed
 from depthprune.names import unknown_name
-from depthprune.sites import KINDS, Site
+from depthprune.sites import KINDS, Fingerprint, Site
 
 RESAMPLES = 200  # of the text, for how stable an order is
 
@@ -38,28 +46,139 @@ def estimate_influence(
     provenance: Mapping[str, object] | None = None,
     watch: Watch | None = None,
     saved: SavedSums | None = None,
+    run_length: int = 1,
 ) -> InfluenceTable:
     """Score sites, with standard errors over sequences.
 
-    Static metrics, and the sites' mean updates with them, come from one pass of the trunk; all adaptive metrics from
-    one pass with a tree of variants for each batch.
+    Static metrics, and the sites' mean updates with them, come from one pass of the trunk; gradient metrics from one
+    forward and backward pass, attention metrics from one pass with eager attention, ``cca_bound`` from one pass for
+    each group of sites, and all adaptive metrics from one pass with a tree of variants for each batch.
 
     Args:
         model: the model; sites that are gone already are left out.
-        batches: ``{"input_ids": (B, T), "attention_mask": (B, T) or absent}``.
+        batches: ``{"input_ids": (B, T), "attention_mask": (B, T) or absent}``; gone through once for each pass.
         metrics: names from :data:`~depthprune.influence.registry.METRICS`.
-        kinds: which kinds of site to score.
+        kinds: which kinds of site to score; ``angular`` scores blocks alone, attention metrics attentions alone.
         denominator: see :class:`~depthprune.influence.static.StaticInfluence`.
         leave_out_massive: see :class:`~depthprune.influence.static.StaticInfluence`.
-        sampling: what adaptive metrics draw.
+        sampling: what adaptive metrics draw; its seed is also that of ``random``.
         provenance: where the batches came from, kept in the table and in its plans.
         watch: shows how far each pass is.
-        saved: keeps the sums on the way; a run that was killed goes on from there.
+        saved: keeps the sums of each pass (but ``cca_bound``) on the way; a run that was killed goes on from there.
+        run_length: score runs of so many adjacent blocks by ``angular``; a block's value is that of the run that
+            starts there, and starts from which no run fits have none.
 
     Raises:
-        ValueError: an unknown metric, kind or denominator, or no token at all.
+        ValueError: an unknown metric, kind or denominator, kinds that a metric does not score, a run length that does
+            not fit, no token at all, or a sampled metric that never drew some site.
     """
     metrics, kinds = ((names,) if isinstance(names, str) else tuple(names) for names in (metrics, kinds))
+    _check_names(metrics, kinds, run_length)
+    anatomy = Anatomy.of(model)
+    sites, seed = anatomy.sites(kinds), sampling.seed
+    text = _Text(model, batches, watch, saved)
+    static, adaptive, gradient, attention = (
+        [metric for metric in metrics if metric in group]
+        for group in (STATIC_METRICS, ABLATION_METRICS, GRADIENT_METRICS, ATTENTION_METRICS)
+    )
+    found = _Findings()
+    for metric in metrics:
+        if metric in BASELINES:
+            found.values[metric] = {site: BASELINES[metric](anatomy, site, seed) for site in sites}
+    if static or "angular" in metrics:
+        length = run_length if "angular" in metrics else None
+        _score_static(found, model, text, sites, static, denominator, leave_out_massive, length, seed)
+    if gradient:
+        slopes = GradientInfluence(model, sites, gradient, RESAMPLES, seed)
+        run_gradient(slopes, text.read("Gradient metrics", slopes.sums))
+        found.sums |= {metric: (sites, sums.whole(), GRADIENT_METRICS[metric]) for metric, sums in slopes.sums.items()}
+    if attention:
+        attentions = [site for site in sites if site.kind == "attention"]
+        weights = AttentionInfluence(model, attentions, attention, RESAMPLES, seed)
+        run_attention(weights, text.read("Attention metrics", {"weights": weights.sums}))
+        found.sums |= {metric: (weights.sites, totals, mean) for metric, totals in weights.totals().items()}
+    groups = site_groups(sites, anatomy.hidden_size) if "cca_bound" in metrics else []
+    for number, group in enumerate(groups, 1):
+        values, _ = run_cca_bound(model, text.read(f"CCA bound, {number} of {len(groups)}"), group)
+        found.values["cca_bound"] = found.values.get("cca_bound", {}) | values
+    if adaptive:
+        ablation = AblationInfluence(model, sites, adaptive, sampling, resamples=RESAMPLES)
+        run_ablation(ablation, text.read("Adaptive metrics", ablation.sums))
+        found.sums |= {
+            metric: (sites, sums.whole(), DESIGNS[ABLATION_METRICS[metric][0]])
+            for metric, sums in ablation.sums.items()
+        }
+    about: dict[str, object] = {
+        **(provenance or {}),
+        "tokens": int(text.tokens.compute()) if text.tokens is not None else 0,
+        "denominator": denominator,
+        "massive_tokens_left_out": leave_out_massive,
+    }
+    if adaptive:
+        about["sampling"] = vars(sampling)
+    if "angular" in metrics:
+        about["run_length"] = run_length
+        if run_length > 1 and len(anatomy.kept_blocks) < anatomy.block_count:
+            about["kept_blocks"] = list(anatomy.kept_blocks)
+    return _table(found, metrics, unpruned_fingerprint(model), about)
+
+
+class _Text:
+    """The batches, for as many passes as are needed.
+
+    Attributes:
+        tokens: how many tokens the first pass has read; None before it.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, batches: Iterable[Batch], watch: Watch | None, saved: SavedSums | None
+    ) -> None:
+        if batches is None or isinstance(batches, str):
+            raise ValueError("There are no batches: give an iterable of {'input_ids': (B, T)}.")
+        batches = [batches] if isinstance(batches, Mapping) else batches
+        self.batches = list(batches) if isinstance(batches, Iterator) else batches
+        self.watch = watch or (lambda items, _, __: iter(items))
+        self.saved = saved
+        self.tokens: SumMetric | None = None
+        self.device = input_device(model)
+
+    def read(self, label: str, sums: Mapping[str, Metric] | None = None) -> Iterator[Batch]:
+        """The batches that a pass has still to see.
+
+        Args:
+            label: of the pass.
+            sums: everything that it sums, which is saved on the way and may be there from a run before.
+        """
+        tokens = SumMetric().to(self.device)
+        self.tokens = tokens if self.tokens is None else self.tokens
+        states = {**(sums or {}), "tokens": tokens}
+        total = len(self.batches) if isinstance(self.batches, Sized) else None
+        if self.saved is None or sums is None:
+            return self.watch(_counted(self.batches, tokens), label, total)
+        start = self.saved.restore(label, states)
+        rest = _counted(islice(self.batches, start, None), tokens)
+        left = None if total is None else total - start
+        return self.watch(self.saved.saving(label, states, rest, start, total), label, left)
+
+
+def _counted(batches: Iterable[Batch], tokens: SumMetric) -> Iterator[Batch]:
+    for batch in batches:
+        check_batch(batch)
+        mask = batch.get("attention_mask")
+        tokens.update(batch["input_ids"].numel() if mask is None else mask.sum())
+        yield batch
+
+
+@dataclass
+class _Findings:
+    """What the passes found: sums over the text by metric, values without a standard error, and mean updates."""
+
+    sums: dict[str, tuple[Sequence[Site], ClusterTotals, Ratio]] = field(default_factory=dict)
+    values: dict[str, dict[Site, float]] = field(default_factory=dict)
+    updates: Mapping[Site, Tensor] = field(default_factory=dict)
+
+
+def _check_names(metrics: Sequence[str], kinds: Sequence[str], run_length: int) -> None:
     for kind in kinds:
         if kind not in KINDS:
             raise unknown_name("kind of site", kind, KINDS)
@@ -68,69 +187,65 @@ def estimate_influence(
     for metric in metrics:
         if metric not in METRICS:
             raise unknown_name("metric", metric, METRICS)
-    if isinstance(batches, Mapping):
-        batches = [batches]
-    static = [metric for metric in metrics if metric in STATIC_METRICS]
-    adaptive = [metric for metric in metrics if metric in ABLATION_METRICS]
-    if static and adaptive and isinstance(batches, Iterator):
-        batches = list(batches)  # which are gone through twice
-    watch = watch or (lambda items, _, __: iter(items))
-    read = saved.resumed if saved is not None else (lambda _, __, items: items)
-    sites = Anatomy.of(model).sites(kinds)
-    found: dict[str, tuple[ClusterTotals, Ratio]] = {}
-    updates: Mapping[Site, Tensor] = {}
-    tokens = 0
-    if static:
-        influence = StaticInfluence(sites, static, denominator, leave_out_massive, RESAMPLES, sampling.seed)
+        if metric == "angular" and "block" not in kinds:
+            raise ValueError("angular scores blocks alone: add block to kinds.")
+        if metric in ATTENTION_METRICS and "attention" not in kinds:
+            raise ValueError(f"{metric} scores attentions alone: add attention to kinds.")
+    if run_length != 1 and "angular" not in metrics:
+        raise ValueError(f"run_length is {run_length!r}, which only angular looks at: add angular to metrics.")
+
+
+def _score_static(
+    found: _Findings,
+    model: PreTrainedModel,
+    text: _Text,
+    sites: Sequence[Site],
+    metrics: Sequence[str],
+    denominator: str,
+    leave_out_massive: bool,
+    run_length: int | None,
+    seed: int,
+) -> None:
+    """Static metrics with the mean updates if any are named, and ``angular`` if there is a run length, in one pass."""
+    observers: list[SiteMetric] = []
+    sums: dict[str, Metric] = {}
+    if metrics:
+        influence = StaticInfluence(sites, metrics, denominator, leave_out_massive, RESAMPLES, seed)
         means = MeanUpdates(sites, Anatomy.of(model).hidden_size)
-        both: list[SiteMetric] = [influence, means]
-        left = read("static", {"influence": influence.sums, "means": means}, batches)
-        before = int(means.tokens.max()) if sites else 0
-        run_observed(model, watch(left, "Static metrics", _count(batches, saved, "static")), sites, both, before)
-        found |= {metric: (totals, mean) for metric, totals in influence.totals().items()}
-        updates = means.compute()
-        with means.sync_context():  # the tokens of all processes
-            tokens = int(means.tokens.max()) if sites else 0
-    if adaptive:
-        ablation = AblationInfluence(model, sites, adaptive, sampling, resamples=RESAMPLES)
-        left = read("adaptive", ablation.states, batches)
-        run_ablation(ablation, watch(left, "Adaptive metrics", _count(batches, saved, "adaptive")))
-        tokens = int(ablation.tokens.compute())
-        found |= {
-            metric: (sums.whole(), DESIGNS[ABLATION_METRICS[metric][0]]) for metric, sums in ablation.sums.items()
-        }
-    about = {
-        **(provenance or {}),
-        "tokens": tokens,
-        "denominator": denominator,
-        "massive_tokens_left_out": leave_out_massive,
-    }
-    if adaptive:
-        about["sampling"] = vars(sampling)
-    estimates = {metric: found[metric][0].estimates(found[metric][1]) for metric in metrics}
-    for metric in adaptive:
-        values = estimates[metric][0]
-        if not values.isfinite().all():
-            site = sites[int((~values.isfinite()).nonzero()[0])]
+        observers += [influence, means]
+        sums |= {"influence": influence.sums, "means": means}
+    else:
+        sites = [site for site in sites if site.kind == "block"]
+    if run_length is not None:
+        turned = AngularInfluence(Anatomy.of(model), run_length, leave_out_massive, RESAMPLES, seed)
+        observers.append(turned)
+        sums["angular"] = turned.sums
+    run_observed(model, text.read("Static metrics", sums), sites, observers)
+    if metrics:
+        found.sums |= {metric: (sites, totals, mean) for metric, totals in influence.totals().items()}
+        found.updates = means.compute()
+    if run_length is not None:
+        found.sums["angular"] = (turned.sites, turned.sums.whole(), mean)
+
+
+def _table(
+    found: _Findings, metrics: Sequence[str], fingerprint: Fingerprint, about: Mapping[str, object]
+) -> InfluenceTable:
+    values, errors, steady = dict(found.values), {}, {}
+    for metric, (sites, totals, ratio) in found.sums.items():
+        column, deviations = totals.estimates(ratio)
+        if metric in ABLATION_METRICS and not column.isfinite().all():
+            site = sites[int((~column.isfinite()).nonzero()[0])]
             raise ValueError(
                 f"{metric} has no value for {site}: its loss is not finite, or it was never drawn both absent and "
                 "present. Raise sampling.samples, or score on more text."
             )
-    steady = {metric: _stability(sites, *found[metric]) for metric in metrics}
-    return InfluenceTable(
-        {metric: _by_site(sites, values) for metric, (values, _) in estimates.items()},
-        unpruned_fingerprint(model),
-        about,
-        updates,
-        {metric: _by_site(sites, errors) for metric, (_, errors) in estimates.items() if errors.isfinite().all()},
-        steady,
-    )
-
-
-def _count(batches: Iterable[Batch], saved: SavedSums | None, name: str) -> int | None:
-    """How many batches a pass has still to see, if they tell."""
-    done = saved.done.get(name, 0) if saved is not None else 0
-    return len(batches) - done if isinstance(batches, Sized) else None
+        values[metric] = _by_site(sites, column)
+        if deviations.isfinite().all():
+            errors[metric] = _by_site(sites, deviations)
+        steady[metric] = _stability(sites, totals, ratio)
+    in_order = [{metric: columns[metric] for metric in metrics if metric in columns} for columns in (values, errors)]
+    return InfluenceTable(in_order[0], fingerprint, about, found.updates, in_order[1], steady)
 
 
 def _by_site(sites: Sequence[Site], values: Tensor) -> dict[Site, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +42,39 @@ class SavedSums:
         self.done: dict[str, int] = {}  # batches of each process, by pass
         self._tensors: dict[str, Tensor] = self._read()
 
-    def resumed(self, name: str, metrics: Mapping[str, Metric], batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Make the metrics what they were, and give the batches that they have not seen; saves on the way.
+    def restore(self, name: str, metrics: Mapping[str, Metric]) -> int:
+        """Make the metrics of a pass what they were when they were saved.
+
+        Returns:
+            How many batches of this process they have seen.
+        """
+        if name not in self.done:
+            return 0
+        rank = world_and_rank()[1]
+        for key, metric in metrics.items():
+            for state in metric._defaults:
+                saved = self._tensors[f"{name}/{key}/{state}"][rank]
+                setattr(metric, state, saved.to(getattr(metric, state)))
+            metric._update_count = self.done[name]  # which places the resamples, too
+        return self.done[name]
+
+    def saving(
+        self, name: str, metrics: Mapping[str, Metric], batches: Iterable[Batch], start: int, total: int | None
+    ) -> Iterator[Batch]:
+        """Go through the batches of a pass and save on the way.
 
         Whoever goes through them must have added a batch before it asks for the next one.
 
         Args:
             name: of the pass.
             metrics: whose states are sums over batches, by name.
-            batches: all batches of this process, in the same order as in the run before.
+            batches: those that are left.
+            start: how many came before.
+            total: how many there are; nothing is saved after the last one, so that a pass always has something to do.
         """
-        self._restore(name, metrics)
-        return self._rest(name, metrics, batches, self.done.get(name, 0))
-
-    def _rest(self, name: str, metrics: Mapping[str, Metric], batches: Iterable[Batch], start: int) -> Iterator[Batch]:
-        for number, batch in enumerate(islice(batches, start, None), start=start + 1):
+        for number, batch in enumerate(batches, start=start + 1):
             yield batch
-            if number % self.every == 0:
+            if number % self.every == 0 and number != total:
                 self._save(name, metrics, number)
 
     def remove(self) -> None:
@@ -80,16 +95,6 @@ class SavedSums:
         except (SafetensorError, OSError, KeyError, ValueError):
             self.done = {}
             return {}  # damaged: counted anew
-
-    def _restore(self, name: str, metrics: Mapping[str, Metric]) -> None:
-        if name not in self.done:
-            return
-        rank = world_and_rank()[1]
-        for key, metric in metrics.items():
-            for state in metric._defaults:
-                saved = self._tensors[f"{name}/{key}/{state}"][rank]
-                setattr(metric, state, saved.to(getattr(metric, state)))
-            metric._update_count = self.done[name]  # otherwise it warns that it has seen nothing
 
     def _save(self, name: str, metrics: Mapping[str, Metric], number: int) -> None:
         for key, metric in metrics.items():

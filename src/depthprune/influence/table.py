@@ -93,16 +93,27 @@ class InfluenceTable:
     ) -> PruningPlan:
         """The plan that removes the sites of lowest influence.
 
-        A site that overlaps one that goes already is passed over.
+        A site that overlaps one that goes already is passed over. The values of ``angular`` over runs of several
+        blocks are those of whole runs: there the run with the lowest one goes, in one removal.
 
         Raises:
-            ValueError: unknown metric or kind, or more to remove than there is.
+            ValueError: unknown metric or kind, more to remove than there is, or other than the runs that were scored.
         """
         if not kinds:
             raise ValueError("kinds is empty: name at least one of block, attention, mlp.")
         if type(remove) is not int or remove < 1:
             raise ValueError(f"Cannot remove {remove!r} sites: ask for 1 or more.")
         order = self.order(metric, kinds)
+        provenance = {**self.provenance, "metric": metric, "kinds": list(kinds)}
+        length = self.provenance.get("run_length", 1)
+        if metric == "angular" and length > 1:
+            if remove != length:
+                raise ValueError(
+                    f"The table's angular values are of runs of {length} blocks, which say nothing of {remove}: remove "
+                    f"{length}, or score again with run_length {remove}."
+                )
+            removals = _run_removals(self._run(order[0], length), replacement, options)
+            return PruningPlan(removals, self.fingerprint, provenance)
         chosen: list[Site] = []
         for site in order:
             if len(chosen) == remove:
@@ -111,10 +122,15 @@ class InfluenceTable:
                 chosen.append(site)
         if len(chosen) < remove:
             raise ValueError(f"Cannot remove {remove} of {len(order)} {' and '.join(kinds)} sites: choose fewer.")
-        provenance = {**self.provenance, "metric": metric, "kinds": list(kinds)}
         return PruningPlan(
             tuple(Removal((site,), replacement, options) for site in chosen), self.fingerprint, provenance
         )
+
+    def _run(self, first: Site, length: int) -> tuple[Site, ...]:
+        """The blocks of the run that starts with one; in a pruned model, blocks that are gone are passed over."""
+        kept = self.provenance.get("kept_blocks") or range(first.index + length)
+        place = kept.index(first.index)
+        return tuple(Site(index, "block") for index in kept[place : place + length])
 
     def to_dict(self) -> dict[str, Any]:
         """The table as JSON-ready data."""
@@ -204,3 +220,10 @@ def _check_finite(metric: str, column: Mapping[Site, float]) -> None:
     for site, value in column.items():
         if not math.isfinite(value):
             raise ValueError(f"The {metric} influence of {site} is {value}: check the model and the text.")
+
+
+def _run_removals(run: tuple[Site, ...], replacement: str, options: Mapping[str, Any]) -> tuple[Removal, ...]:
+    """One removal of a run of blocks; where blocks between them are gone and nothing is put there, one for each."""
+    if replacement == "none" and run[-1].index - run[0].index >= len(run):
+        return tuple(Removal((site,)) for site in run)
+    return (Removal(run, replacement, options),)
