@@ -20,7 +20,19 @@ import numpy as np
 import pytest
 
 from depthprune import embedded
-from depthprune.embedded import MODELS, TEXTS, EmbeddedModel, EmbeddedText, fetch, model_folder, text_file
+from depthprune.embedded import (
+    MODELS,
+    TASKS,
+    TEXTS,
+    EmbeddedModel,
+    EmbeddedTask,
+    EmbeddedText,
+    fetch,
+    model_folder,
+    task_file,
+    text_file,
+)
+from depthprune.embedded_tasks import lettered, yes_or_no
 from depthprune.wheels import Wheel
 
 PASSAGES = [
@@ -31,11 +43,28 @@ PASSAGES = [
     "",
     " Birds -- Fly.\n",
 ]
+LETTERED = [
+    {"question": " Which? ", "options": "A. one \nB. two\nB, or not\nC.three", "answer": "B. two\nB, or not "},
+    {"question": "Which?", "options": "A. one\nB. two\nB, or not\nC.three", "answer": "B. two\nB, or not"},  # again
+    {"question": "Both?", "options": "A. one\nB. two", "answer": "A. one"},
+    {"question": "Both?", "options": "A. one\nB. two", "answer": "B. two"},  # one question, two answers
+    {"question": "None?", "options": "A. one\nB. two", "answer": "C. three"},
+    {"question": "Order?", "options": "A. one\nC. two", "answer": "C. two"},
+    {"question": "Empty?", "options": "A. one\nB. \nC. two", "answer": "A. one"},
+    {"question": " ", "options": "A. one\nB. two", "answer": "A. one"},
+    {"question": "Last?", "options": "A. one\nB. two", "answer": "A. one"},
+]
+YES_NO = [
+    {"passage": " Cats purr.\n", "question": "do cats purr", "answer": "True"},
+    {"passage": "Cats purr.", "question": "do cats bark?", "answer": False},
+    {"passage": "Cats purr.", "question": "do cats fly", "answer": "maybe"},
+    {"passage": "", "question": "do cats fly", "answer": "True"},
+]
 LABELLED = ["Context (1): One.\nContext (2): See Context (3): here.", "Context (10): Two."]
 
 
 class Site:
-    """A cache folder and a wheel in ``folder``, for the embedded things ``tiny-text``, ``labelled`` and ``tiny-model``.
+    """A cache folder and a wheel in ``folder``, for what is embedded: two texts, two tasks and a model, all tiny.
 
     It is plain data, so that child processes can set it up for themselves.
     """
@@ -50,6 +79,8 @@ class Site:
         MODELS["tiny-model"] = EmbeddedModel("", wheel, "tiny/model.gguf", self.sha256("tiny/model.gguf"), "", "", True)
         TEXTS["tiny-text"] = EmbeddedText("", wheel, "tiny/rows.jsonl", "passage", titled=True)
         TEXTS["labelled"] = EmbeddedText("", wheel, "tiny/rows.jsonl", "other", label=TEXTS["pubmedqa"].label)
+        TASKS["tiny-task"] = EmbeddedTask("", wheel, "tiny/lettered.jsonl")
+        TASKS["tiny-yes-no"] = EmbeddedTask("", wheel, "tiny/yes-no.jsonl", yes_or_no)
         embedded.download_wheel = self.download
 
     def sha256(self, member: str) -> str:
@@ -76,6 +107,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"passage": passage, "other": LABELLED[i % 2]} for i, passage in enumerate(PASSAGES)]
     with zipfile.ZipFile(folder / "tiny.whl", "w") as archive:
         archive.write(folder / "model.gguf", "tiny/model.gguf")
+        archive.writestr("tiny/lettered.jsonl", "".join(json.dumps(row) + "\n" for row in LETTERED))
+        archive.writestr("tiny/yes-no.jsonl", "".join(json.dumps(row) + "\n" for row in YES_NO))
         archive.writestr("tiny/rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return folder / "tiny.whl"
 
@@ -90,6 +123,8 @@ def site(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     monkeypatch.setitem(MODELS, "tiny-model", None)
     monkeypatch.setitem(TEXTS, "tiny-text", None)
     monkeypatch.setitem(TEXTS, "labelled", None)
+    monkeypatch.setitem(TASKS, "tiny-task", None)
+    monkeypatch.setitem(TASKS, "tiny-yes-no", None)
     site.enter()
     return site
 
@@ -139,7 +174,7 @@ def gguf_bytes() -> list[str]:
     return sorted(ByteLevel.alphabet())
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -161,10 +196,39 @@ def test_labels_are_cut_at_line_starts(site: Site) -> None:
     assert [row["text"] for row in read(text_file("labelled"))] == ["One.\nSee Context (3): here.", "Two."]
 
 
+def test_tasks_become_questions(site: Site) -> None:
+    path = task_file("tiny-task")
+    assert read(path) == [
+        {"question": "Which?", "options": ["one", "two\nB, or not", "three"], "answer": 1, "subject": ""},
+        {"question": "Last?", "options": ["one", "two"], "answer": 0, "subject": ""},
+    ]
+    assert path == site.cache / "v1" / "tasks" / "tiny-task.jsonl"
+    assert read(task_file("tiny-yes-no")) == [
+        {"question": f"Cats purr.\nQuestion: do cats {what}?", "options": ["yes", "no"], "answer": i, "subject": ""}
+        for i, what in enumerate(["purr", "bark"])
+    ]
+
+
+def test_options_are_split_at_their_letters_alone() -> None:
+    row = {
+        "question": "Q",
+        "options": "A. see B. there\nB. I. e. this\nAnd that\nC. Z",
+        "answer": "B. I. e. this\nAnd that",
+    }
+    question = lettered(row)
+    assert question is not None
+    assert question["options"] == ["see B. there", "I. e. this\nAnd that", "Z"]
+    assert question["answer"] == 1
+
+
+def test_no_name_is_used_twice() -> None:
+    assert len({*MODELS, *TEXTS, *TASKS}) == len(MODELS) + len(TEXTS) + len(TASKS)
+
+
 def test_one_download_feeds_all_names(site: Site) -> None:
     names = ["labelled", "tiny-text", "labelled"]
-    paths = fetch(names)
-    assert paths == [text_file(name) for name in names]
+    paths = fetch([*names, "tiny-task"])
+    assert paths == [*(text_file(name) for name in names), task_file("tiny-task")]
     assert site.downloads() == 1
 
 
@@ -333,7 +397,9 @@ def test_keyboard_interrupt_leaves_nothing(site: Site, monkeypatch: pytest.Monke
         ),
         (lambda: text_file("xsun"), "Unknown embedded text 'xsun'. Did you mean 'xsum'"),
         (lambda: text_file("smollm2-135m-instruct-q4"), "Unknown embedded text"),
-        (lambda: fetch(["xsum", "quack"]), "Unknown embedded model or text 'quack'. Did you mean 'quac'"),
+        (lambda: task_file("mlu"), "Unknown embedded task 'mlu'. Did you mean 'mmlu'"),
+        (lambda: task_file("xsum"), "Unknown embedded task 'xsum'"),
+        (lambda: fetch(["xsum", "quack"]), "Unknown embedded model, text or task 'quack'. Did you mean 'quac'"),
     ],
 )
 def test_unknown_names(call: Any, message: str) -> None:
@@ -370,6 +436,25 @@ def test_real_texts(name: str, documents: int, groups: int, characters: int) -> 
     assert len({row["group"] for row in rows}) == groups
     assert sum(len(row["text"]) for row in rows) == characters
     assert not any(re.search(r"^Context \(\d+\):", row["text"], re.MULTILINE) for row in rows)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("name", "questions", "options", "answers"),
+    [
+        ("mmlu", 2842, 4, [677, 713, 706, 746]),
+        ("boolq", 3270, 2, [2033, 1237]),
+        ("piqa", 1500, 2, [754, 746]),
+        ("openbookqa", 500, 4, [138, 126, 132, 104]),
+    ],
+)
+def test_real_tasks(name: str, questions: int, options: int, answers: list[int]) -> None:
+    rows = read(task_file(name))
+    assert len(rows) == len({(row["question"], *row["options"]) for row in rows}) == questions
+    assert f"{questions} questions" in TASKS[name].description
+    assert {len(row["options"]) for row in rows} == {options}
+    assert [sum(row["answer"] == i for row in rows) for i in range(options)] == answers
+    assert not any(option != option.strip() or not option for row in rows for option in row["options"])
 
 
 @pytest.mark.integration

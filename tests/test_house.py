@@ -12,9 +12,20 @@ LONGEST = 350  # lines
 
 # Each room imports only rooms of earlier rows; rooms in one row do not know each other.
 LAYERS = [
-    {"names", "nulls", "memory", "files", "progress", "wheels", "data.groups", "data.roles", "data.batches"},
+    {
+        "names",
+        "nulls",
+        "memory",
+        "files",
+        "progress",
+        "wheels",
+        "data.groups",
+        "data.roles",
+        "data.batches",
+        "embedded_tasks",
+    },
     {"sites", "replacements", "embedded", "recovery.checkpoints"},
-    {"families", "data.text"},
+    {"families", "data.text", "data.questions"},
     {"surgery", "head", "data.packing", "data.origins", "data.opening", "devices"},
     {
         "removal",
@@ -25,6 +36,7 @@ LAYERS = [
         "influence.progress",
         "influence.coalitions",
         "data.streaming",
+        "data.choices",
         "influence.table",
         "evaluation.domains",
         "recovery.objectives",

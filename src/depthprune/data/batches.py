@@ -17,6 +17,22 @@ def world_and_rank() -> tuple[int, int]:
     return 1, 0
 
 
+def deal(total: int, batch_size: int, what: str) -> tuple[Tensor, int]:
+    """Deal things over the processes, each once.
+
+    Returns:
+        The indices of this process's, shape ``(N,)``, and in how many batches every process serves its own.
+
+    Raises:
+        ValueError: there are more processes than things.
+    """
+    world, rank = world_and_rank()
+    if total < world:
+        raise ValueError(f"{total} {what} cannot be dealt over {world} processes: take more {what} or fewer processes.")
+    largest = math.ceil(total / world)
+    return torch.arange(total)[rank::world], min(math.ceil(largest / batch_size), total // world)
+
+
 def _compact(values: Tensor) -> Tensor:
     """Whole numbers in the smallest type that holds them."""
     largest = int(values.max()) if values.numel() else 0
@@ -85,9 +101,4 @@ class Batches:
 
     def _split(self) -> tuple[Tensor, int]:
         """The indices of this process's sequences, and the number of batches."""
-        world, rank = world_and_rank()
-        total = len(self.sequences["input_ids"])
-        if total < world:
-            raise ValueError(f"{total} sequences cannot be dealt over {world} processes: take more text or fewer.")
-        largest = math.ceil(total / world)
-        return torch.arange(total)[rank::world], min(math.ceil(largest / self.batch_size), total // world)
+        return deal(len(self.sequences["input_ids"]), self.batch_size, "sequences")
