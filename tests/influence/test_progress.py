@@ -20,7 +20,16 @@ from tests.command_line import LENGTH, Workshop, run
 from tests.killing import forked
 from tests.tiny_models import tiny_batch, tiny_model
 
-METRICS = ["cosine", "l2", "taylor", "attention_sink", "angular", "leave_one_out_loss", "subnetwork_logits", "shapley_loss"]
+METRICS = [
+    "cosine",
+    "l2",
+    "taylor",
+    "attention_sink",
+    "angular",
+    "leave_one_out_loss",
+    "subnetwork_logits",
+    "shapley_loss",
+]
 BATCHES = [tiny_batch("left" if seed % 2 else None, seed=seed) for seed in range(6)]
 
 
@@ -71,7 +80,7 @@ def test_a_stopped_run_ends_with_the_same_table(tmp_path: Path, whole: Influence
 def test_a_finished_pass_goes_on_from_its_last_save(tmp_path: Path, whole: InfluenceTable) -> None:
     path = tmp_path / "progress.safetensors"
     assert score(path).to_dict() == whole.to_dict()
-    assert SavedSums(path, {"text": "mine"}, 2).done == {"Static metrics": 4, "Adaptive metrics": 4}
+    assert set(SavedSums(path, {"text": "mine"}, 2).done.values()) == {4}
     assert score(path).to_dict() == whole.to_dict()
 
 

@@ -76,7 +76,6 @@ class AngularInfluence(SiteMetric):
         self.run_length = run_length
         self.leave_out_massive = leave_out_massive
         self.sums = ClusterSums(len(self.sites), 2, resamples, seed)
-        self.batches = 0
         self._before: dict[Site, Vectors] = {}  # the last blocks', as many as a run has
         self._parts: dict[Site, Tensor] = {}  # of the present batch, by start: (2, B), the last row the tokens
 
@@ -101,7 +100,6 @@ class AngularInfluence(SiteMetric):
         device = self.sums.totals.device
         sums = torch.stack([self._parts[site].to(device) for site in self.sites]).permute(2, 0, 1)  # (B, R, 2)
         self.sums.update(sums, (world_and_rank()[1], self.sums._update_count))
-        self.batches += 1
         self._before, self._parts = {}, {}
 
     def compute(self) -> dict[Site, float]:

@@ -89,7 +89,6 @@ class AttentionInfluence:
         self.sites = tuple(sites)
         self.metrics = tuple(metrics)
         self.sums = ClusterSums(len(self.metrics) * len(self.sites), 2, resamples, seed).to(input_device(model))
-        self.batches = 0
 
     def add(self, batch: Batch) -> None:
         """Run a batch. The model has to be in evaluation mode and with :func:`eager_attention`.
@@ -118,7 +117,6 @@ class AttentionInfluence:
         counts = mask.sum(1).double().expand_as(values)
         sums = torch.stack([values, counts], -1).permute(2, 0, 1, 3)  # (B, M, R, 2)
         self.sums.update(sums.flatten(1, 2), (world_and_rank()[1], self.sums._update_count))
-        self.batches += 1
 
     def _hook(self, site: Site, mask: Tensor, first: Tensor, found: dict[Site, Tensor]) -> Callable[..., None]:
         """Puts a site's values, summed by sequence, ``(M, B)``, into ``found``."""

@@ -76,16 +76,19 @@ def estimate_influence(
     _check_names(metrics, kinds, run_length)
     anatomy = Anatomy.of(model)
     sites, seed = anatomy.sites(kinds), sampling.seed
-    text = _Text(model, batches, watch, saved)
     static, adaptive, gradient, attention = (
         [metric for metric in metrics if metric in group]
         for group in (STATIC_METRICS, ABLATION_METRICS, GRADIENT_METRICS, ATTENTION_METRICS)
     )
+    groups = site_groups(sites, anatomy.hidden_size) if "cca_bound" in metrics else []
+    one_pass = bool(static) or "angular" in metrics
+    passes = one_pass + bool(gradient) + bool(attention) + len(groups) + bool(adaptive)
+    text = _Text(model, batches, passes, watch, saved)
     found = _Findings()
     for metric in metrics:
         if metric in BASELINES:
             found.values[metric] = {site: BASELINES[metric](anatomy, site, seed) for site in sites}
-    if static or "angular" in metrics:
+    if one_pass:
         length = run_length if "angular" in metrics else None
         _score_static(found, model, text, sites, static, denominator, leave_out_massive, length, seed)
     if gradient:
@@ -97,7 +100,6 @@ def estimate_influence(
         weights = AttentionInfluence(model, attentions, attention, RESAMPLES, seed)
         run_attention(weights, text.read("Attention metrics", {"weights": weights.sums}))
         found.sums |= {metric: (weights.sites, totals, mean) for metric, totals in weights.totals().items()}
-    groups = site_groups(sites, anatomy.hidden_size) if "cca_bound" in metrics else []
     for number, group in enumerate(groups, 1):
         values, _ = run_cca_bound(model, text.read(f"CCA bound, {number} of {len(groups)}"), group)
         found.values["cca_bound"] = found.values.get("cca_bound", {}) | values
@@ -131,12 +133,17 @@ class _Text:
     """
 
     def __init__(
-        self, model: PreTrainedModel, batches: Iterable[Batch], watch: Watch | None, saved: SavedSums | None
+        self,
+        model: PreTrainedModel,
+        batches: Iterable[Batch],
+        passes: int,
+        watch: Watch | None,
+        saved: SavedSums | None,
     ) -> None:
         if batches is None or isinstance(batches, str):
             raise ValueError("There are no batches: give an iterable of {'input_ids': (B, T)}.")
         batches = [batches] if isinstance(batches, Mapping) else batches
-        self.batches = list(batches) if isinstance(batches, Iterator) else batches
+        self.batches = list(batches) if passes > 1 and isinstance(batches, Iterator) else batches
         self.watch = watch or (lambda items, _, __: iter(items))
         self.saved = saved
         self.tokens: SumMetric | None = None

@@ -75,7 +75,6 @@ class GradientInfluence:
         self.sums = {metric: ClusterSums(len(self.sites), 2, resamples, seed) for metric in metrics}
         for sums in self.sums.values():
             sums.to(input_device(model))
-        self.batches = 0
 
     def add(self, batch: Batch) -> None:
         """Run a batch forward and backward. The model has to be in evaluation mode and its weights :func:`frozen`."""
@@ -83,8 +82,7 @@ class GradientInfluence:
         columns = {"taylor": slopes, "fisher": slopes.square() / 2}
         for metric, sums in self.sums.items():
             rows = torch.stack([columns[metric], counts.expand_as(slopes)], -1)  # (S, B, 2)
-            sums.update(rows.transpose(0, 1), (world_and_rank()[1], self.batches))
-        self.batches += 1
+            sums.update(rows.transpose(0, 1), (world_and_rank()[1], sums._update_count))
 
 
 def gate_slopes(model: PreTrainedModel, batch: Batch, sites: Sequence[Site]) -> tuple[Tensor, Tensor]:
