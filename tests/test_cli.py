@@ -54,9 +54,11 @@ def test_each_command_has_help_and_prints_its_config(command: str, capsys: pytes
 
 
 def test_unknown_commands_and_options() -> None:
-    assert "Unknown command 'prun'. Did you mean 'prune'? Known: compare, fetch, fit, influence" in refusal("prun")
+    assert "Unknown command 'prun'. Did you mean 'prune'? Known: compare, curve, fetch, fit, influence" in refusal(
+        "prun"
+    )
     assert "unrecognized arguments: --all: see depthprune list --help" in refusal("list", "--all")
-    assert "following arguments are required: model, text.path, output" in refusal("influence")
+    assert "following arguments are required: model, output" in refusal("influence")
     assert "File does not exist: 'absent.yaml'" in refusal("study", "--config", "absent.yaml").replace(
         f"{Path.cwd()}/", ""
     )

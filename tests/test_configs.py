@@ -13,7 +13,8 @@ from tests.command_line import run
 HOME = Path(__file__).parents[1]
 CONFIGS = sorted((HOME / "configs").rglob("*.yaml"))
 BY_ROOM = {
-    command: [path for path in CONFIGS if path.parent.name == command] for command in ("study", "influence", "prune")
+    command: [path for path in CONFIGS if path.parent.name == command]
+    for command in ("study", "influence", "curve", "prune")
 }
 FITS = [path for path in CONFIGS if path.parent.name == "fit"]
 

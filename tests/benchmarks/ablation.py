@@ -110,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m-instruct-q4")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--share", type=int, default=3, help="the plain algorithm runs every so-manieth site")
+    parser.add_argument("--share", type=int, default=4, help="the plain algorithm runs every so-manieth site")
     arguments = parser.parse_args()
     keep_freed_memory()
     model, _ = dp.load(arguments.model)

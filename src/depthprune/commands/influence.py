@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import torch
 from lightning.fabric.strategies import ModelParallelStrategy
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from depthprune.data.batches import Batches
+from depthprune.data.choices import ChoiceBatches, open_choices
 from depthprune.data.module import TextDataModule
+from depthprune.data.questions import ChoiceSource
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import shard_blocks, start_fabric
 from depthprune.families import unpruned_fingerprint
@@ -32,8 +36,9 @@ from depthprune.sites import KINDS
 
 def influence(
     model: str,
-    text: TextSource,
     output: str,
+    text: TextSource | None = None,
+    task: ChoiceSource | None = None,
     metrics: Sequence[str] = DEFAULT_METRICS,
     kinds: Sequence[str] = KINDS,
     denominator: str = "output",
@@ -53,20 +58,21 @@ def influence(
     strategy: str = "auto",
     save_every: int = 16,
 ) -> None:
-    """Score sites on a text and write influence.json, .csv, .png and a TensorBoard figure.
+    """Score sites on a text or a task and write influence.json, .csv, .png and a TensorBoard figure.
 
     Args:
         model: an embedded model's name, a hub name or a folder.
-        text: the text; its score role is used.
         output: folder for the results.
+        text: the text to score on; its score role is used.
+        task: multiple-choice questions to score on, instead of a text.
         metrics: names that `depthprune list` gives; all that one forward pass gives if not named.
         kinds: block, attention, mlp.
         denominator: what relative metrics divide by: the stream after (output) or before (input) the site.
         leave_out_massive: leave out tokens with massive activations.
         run_length: blocks of the runs that angular scores.
         sampling: what metrics that remove sites draw at random.
-        sequences: how many sequences to score on.
-        sequence_length: tokens of a sequence.
+        sequences: how many sequences to score on, or questions where the task has no limit of its own.
+        sequence_length: tokens of a sequence; a question with its shots has at most so many.
         batch_size: sequences of a batch.
         shares: shares of the documents for the four roles.
         dtype: auto (as saved), bfloat16, float16 or float32.
@@ -78,37 +84,41 @@ def influence(
         strategy: as in Lightning's Fabric; model_parallel spreads each block over the processes.
         save_every: save the sums after so many batches; the same command goes on from there.
     """
+    if (text is None) == (task is None):
+        raise ValueError("Score on a text or on a task: name one of the two, such as --text.path xsum.")
     folder = make_folder(output)
     fabric = start_fabric(accelerator, devices, strategy)
     with only_writer(folder, "influence") if fabric.is_global_zero else nullcontext():
         if fabric.is_global_zero:
-            print(f"Scoring {', '.join(kinds)} sites of {model} on {sequences} sequences of {text.path}.", flush=True)
-        causal_lm, _ = load(
+            what = f"{sequences} sequences of {text.path}" if text else f"questions of {task.path if task else ''}"
+            print(f"Scoring {', '.join(kinds)} sites of {model} on {what}.", flush=True)
+        causal_lm, tokenizer = load(
             model, dtype=dtype, revision=revision, device_map=device_map, attn_implementation=attn_implementation
         )
         if device_map is None:
             torch.nn.Module.to(causal_lm, fabric.device)
         if isinstance(fabric.strategy, ModelParallelStrategy):
             shard_blocks(causal_lm, fabric.strategy.device_mesh)
-        data = TextDataModule(
-            tokenizer=model,
-            revision=revision,
-            text=text,
-            domains={},
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            score_sequences=sequences,
-            shares=shares,
-        )
-        loader = data.score_dataloader()
-        about = {
-            "model": model,
-            "text": text.path,
-            "role": "score",
-            "sequence_length": sequence_length,
-            "seed": sampling.seed,
-            "bos": data.spec.bos is not None,
-        }
+        about: dict[str, Any] = {"model": model, "sequence_length": sequence_length, "seed": sampling.seed}
+        loader: Batches | ChoiceBatches
+        if text is not None:
+            data = TextDataModule(
+                tokenizer=model,
+                revision=revision,
+                text=text,
+                domains={},
+                sequence_length=sequence_length,
+                batch_size=batch_size,
+                score_sequences=sequences,
+                shares=shares,
+            )
+            loader = data.score_dataloader()
+            about |= {"text": text.path, "role": "score", "bos": data.spec.bos is not None}
+        else:
+            assert task is not None
+            asked = replace(task, limit=task.limit or sequences)
+            loader = open_choices(asked, tokenizer, sequence_length, batch_size, sampling.seed)
+            about |= {"task": task.path, "split": task.split, "shots": task.shots, "questions": len(loader.questions)}
         settings = {
             **about,
             **{"metrics": list(metrics), "kinds": list(kinds), "denominator": denominator, "sampling": vars(sampling)},

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from depthprune.data.batches import world_and_rank
 from depthprune.head import Batch, evaluating, input_device, on_device
+from depthprune.influence.choice_costs import CHOICE_COSTS, choice_cost, is_question
 from depthprune.influence.clusters import ClusterSums, Ratio, contrast, mean, one_seed
 from depthprune.influence.coalitions import Charge, Coalition, leave_one_out, permutations, subsets
 from depthprune.influence.costs import COSTS, text_cost
@@ -28,8 +29,8 @@ from depthprune.variants import record, run_variants, switchable
 DESIGNS: dict[str, Ratio] = {"leave_one_out": mean, "subnetwork": contrast, "shapley": mean}
 """Every design by name, with the ratio that its sums are put into."""
 
-ABLATION_METRICS = {f"{design}_{cost}": (design, cost) for design in DESIGNS for cost in COSTS}
-"""Every adaptive metric by name: its design and its cost."""
+ABLATION_METRICS = {f"{design}_{cost}": (design, cost) for design in DESIGNS for cost in (*COSTS, *CHOICE_COSTS)}
+"""Every adaptive metric by name: its design and its cost, of which some are for questions alone."""
 
 PRESENT: Coalition = frozenset()
 
@@ -104,7 +105,9 @@ class AblationInfluence:
             if len(game) < 2:
                 raise ValueError(f"There is only one {game[0].kind} left: nothing can be compared with it.")
         self.row = {site: row for row, site in enumerate(self.sites)}
-        self.costs = tuple(cost for cost in COSTS if any(ABLATION_METRICS[metric][1] == cost for metric in metrics))
+        self.costs = tuple(
+            cost for cost in (*COSTS, *CHOICE_COSTS) if any(ABLATION_METRICS[metric][1] == cost for metric in metrics)
+        )
         self.designs = tuple(design for design in DESIGNS if any(self._metric(design, cost) for cost in self.costs))
         self.distance = LogitDistance(model)
         columns = {"subnetwork": 4}
@@ -153,7 +156,12 @@ class AblationInfluence:
         """Costs ``(C, B)`` of each coalition, and each sequence's predicted positions ``(B,)``."""
         generator = torch.Generator().manual_seed(one_seed(self.sampling.seed, *place))
         recording = record(self.model, batch)
-        cost, counts = text_cost(self.distance, batch, recording.hidden, self.costs, self.sampling.positions, generator)
+        if is_question(batch):
+            cost, counts = choice_cost(self.distance, batch, recording.hidden, self.costs)
+        else:
+            cost, counts = text_cost(
+                self.distance, batch, recording.hidden, self.costs, self.sampling.positions, generator
+            )
         found = {coalitions[place]: cost(hidden) for place, hidden in run_variants(recording, coalitions)}
         return found, counts.double()
 

@@ -19,6 +19,7 @@ from depthprune.influence.angular import AngularInfluence
 from depthprune.influence.attention import ATTENTION_METRICS, AttentionInfluence, run_attention
 from depthprune.influence.baselines import BASELINES
 from depthprune.influence.cca_bound import run_cca_bound, site_groups
+from depthprune.influence.choice_costs import CHOICE_COSTS, is_question, refuse_chance
 from depthprune.influence.clusters import ClusterTotals, Ratio, mean
 from depthprune.influence.gradient import GRADIENT_METRICS, GradientInfluence, run_gradient
 from depthprune.influence.progress import SavedSums
@@ -103,6 +104,8 @@ def estimate_influence(
     for number, group in enumerate(groups, 1):
         values, _ = run_cca_bound(model, text.read(f"CCA bound, {number} of {len(groups)}"), group)
         found.values["cca_bound"] = found.values.get("cca_bound", {}) | values
+    if any(ABLATION_METRICS[metric][1] in CHOICE_COSTS for metric in adaptive):
+        _check_questions(model, text, adaptive)
     if adaptive:
         ablation = AblationInfluence(model, sites, adaptive, sampling, resamples=RESAMPLES)
         run_ablation(ablation, text.read("Adaptive metrics", ablation.sums))
@@ -183,6 +186,18 @@ class _Findings:
     sums: dict[str, tuple[Sequence[Site], ClusterTotals, Ratio]] = field(default_factory=dict)
     values: dict[str, dict[Site, float]] = field(default_factory=dict)
     updates: Mapping[Site, Tensor] = field(default_factory=dict)
+
+
+def _check_questions(model: PreTrainedModel, text: _Text, metrics: Sequence[str]) -> None:
+    """Refuse costs of questions on text, and counted answers of a model that guesses."""
+    batches = text.batches if isinstance(text.batches, Sized) else list(text.batches)
+    text.batches = batches
+    for metric in metrics:
+        cost = ABLATION_METRICS[metric][1]
+        if cost in CHOICE_COSTS and not all(is_question(batch) for batch in islice(batches, 1)):
+            raise ValueError(f"{metric} counts answers, and the batches hold none: name a task instead of a text.")
+    if any(ABLATION_METRICS[metric][1] == "zero_one" for metric in metrics):
+        refuse_chance(model, batches)
 
 
 def _check_names(metrics: Sequence[str], kinds: Sequence[str], run_length: int) -> None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from depthprune.data.batches import world_and_rank
 from depthprune.families import Anatomy
 from depthprune.head import Batch, evaluating, hidden_states, input_device, on_device, predicted_mask, row_losses
+from depthprune.influence.choice_costs import choice_losses, is_question
 from depthprune.influence.clusters import ClusterSums, Ratio, mean
 from depthprune.names import unknown_name
 from depthprune.sites import Site
@@ -86,12 +87,18 @@ class GradientInfluence:
 
 
 def gate_slopes(model: PreTrainedModel, batch: Batch, sites: Sequence[Site]) -> tuple[Tensor, Tensor]:
-    """How the nats of each sequence change with the gate of each site.
+    """How the nats of each sequence, or of each question's answer, change with the gate of each site.
 
     Returns:
         ``dS/dz``, ``(S, B)`` fp64, and each sequence's predicted tokens, ``(B,)`` fp64.
     """
     mask = predicted_mask(batch)
+    if is_question(batch):
+        gates = torch.ones(len(sites), len(mask), dtype=torch.float32, device=mask.device, requires_grad=True)
+        with torch.enable_grad(), gated(model, sites, gates):
+            losses = choice_losses(model, batch, hidden_states(model, batch))
+            (slopes,) = torch.autograd.grad(losses.sum(), gates)
+        return slopes.double(), torch.ones(len(mask), dtype=torch.float64, device=mask.device)
     if not mask.any():  # there is nothing to go back from
         return torch.zeros(len(sites), len(mask), dtype=torch.float64, device=mask.device), mask.sum(1).double()
     # In fp32, so that the slopes of a model in half precision are summed in fp32.

@@ -10,7 +10,12 @@ from depthprune.influence.cca_bound import cca_bound
 from depthprune.influence.gradient import GRADIENT_METRICS
 from depthprune.influence.static import STATIC_METRICS
 
-_WHAT = {"loss": "rise of the loss (nats/token)", "logits": "distance of the logits (L2 norm)"}
+_WHAT = {
+    "loss": "rise of the loss (nats/token; on questions, of the letters)",
+    "logits": "distance of the logits (L2 norm)",
+    "zero_one": "rise of the share of wrong answers (questions only)",
+    "likelihood": "fall of the right answer's likelihood (questions only)",
+}
 _HOW = {
     "leave_one_out": "{what} when the site alone is removed.",
     "subnetwork": "{what}: mean with the site absent minus with it present, over random subsets of one size.",

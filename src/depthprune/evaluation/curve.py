@@ -1,0 +1,60 @@
+"""Held-out loss by how many sites go, for the orders of several influence metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from transformers import PreTrainedModel
+
+from depthprune.data.batches import Batches
+from depthprune.evaluation.domains import DocumentLoss, DomainLoss
+from depthprune.head import evaluating, input_device, on_device, token_losses
+from depthprune.influence.table import InfluenceTable
+from depthprune.variants import Absent, record, run_variants, switchable
+
+UNPRUNED: Absent = frozenset()
+
+
+def first_sites(
+    table: InfluenceTable, metrics: Sequence[str], kinds: Mapping[str, Sequence[int]]
+) -> dict[tuple[str, str, int], Absent]:
+    """The sites that go first, by metric, kind of site and number of them.
+
+    Args:
+        table: the influence.
+        metrics: which of its metrics; those that do not score a kind are passed over for it.
+        kinds: kind of site to the numbers of sites that go.
+
+    Raises:
+        ValueError: an unknown metric, or more sites than there are.
+    """
+    found: dict[tuple[str, str, int], Absent] = {}
+    for metric in metrics:
+        for kind, counts in kinds.items():
+            if any(site.kind == kind for site in table.of_metric(metric)):
+                for count in counts:
+                    found[metric, kind, count] = frozenset(table.plan(metric, [kind], count).sites)
+    return found
+
+
+def variant_losses(
+    model: PreTrainedModel,
+    batches: Batches,
+    variants: Iterable[Absent],
+    watch: Callable[[Iterable[dict]], Iterator[dict]] = iter,
+) -> dict[Absent, DomainLoss]:
+    """The loss of variants with nothing in the removed places, by document, with shared prefixes.
+
+    Args:
+        model: the model.
+        batches: a domain's text.
+        variants: the absent sites of each; the unpruned model is added.
+        watch: goes through the batches and shows how far it is.
+    """
+    wanted = list(dict.fromkeys([UNPRUNED, *variants]))
+    metrics = {variant: DocumentLoss(batches.document_count).to(input_device(model)) for variant in wanted}
+    with evaluating(model), switchable(model):
+        for batch in on_device(watch(batches), model):
+            for place, hidden in run_variants(record(model, batch), wanted):
+                metrics[wanted[place]].update(token_losses(model, batch, hidden), batch)
+    return {variant: metric.domain_loss() for variant, metric in metrics.items()}
