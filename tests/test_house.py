@@ -60,6 +60,7 @@ LAYERS = [
     },
     {"influence.choice_costs", "influence.angular", "influence.figures"},
     {"influence.ablation", "influence.gradient"},
+    {"influence.iterative"},
     {"influence.registry"},
     {"influence.estimate"},
     {"data.module", "pruning", "recovery.module", "evaluation.curve"},

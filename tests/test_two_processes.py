@@ -50,6 +50,35 @@ def test_scoring(workshop: Workshop, tmp_path: Path, strategy: str) -> None:
         assert two[metric] == pytest.approx(one[metric], rel=1e-5)
 
 
+TEXT_METRICS = "[cosine, taylor, attention_entropy, angular, leave_one_out_loss, leave_one_out_logits]"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "model_parallel"])
+def test_metrics_of_every_pass(workshop: Workshop, tmp_path: Path, strategy: str) -> None:
+    arguments: list[object] = ["influence", "--model", workshop.model, "--text.path", workshop.text]
+    arguments += ["--sequence_length", LENGTH, "--sequences", 7, "--batch_size", 2, "--accelerator", "cpu"]
+    arguments += ["--metrics", TEXT_METRICS, "--kinds", "[block, attention]", "--save_every", 1]
+    assert run(*arguments, "--output", tmp_path / "one") == 0
+    in_two_processes(*arguments, "--devices", 2, "--strategy", strategy, "--output", tmp_path / "two")
+    one, two = (InfluenceTable.load(tmp_path / name / "influence.json") for name in ("one", "two"))
+    assert one.provenance == two.provenance
+    for metric in one.metrics:
+        assert two[metric] == pytest.approx(one[metric], rel=1e-4, abs=1e-6)
+        for site, error in one.errors[metric].items():
+            assert two.errors[metric][site] == pytest.approx(error, rel=1e-3, abs=1e-6)
+
+
+def test_sampled_metrics_of_a_model_spread_over_processes_are_refused(workshop: Workshop, tmp_path: Path) -> None:
+    arguments: list[object] = ["influence", "--model", workshop.model, "--text.path", workshop.text]
+    arguments += ["--sequence_length", LENGTH, "--sequences", 7, "--batch_size", 2, "--accelerator", "cpu"]
+    arguments += ["--metrics", "[shapley_loss]", "--kinds", "[block]", "--output", tmp_path, "--devices", 2]
+    with pytest.raises(AssertionError, match="has to run the same ones: use another strategy"):
+        in_two_processes(*arguments, "--strategy", "model_parallel")
+    in_two_processes(*arguments, "--strategy", "ddp")
+    values = InfluenceTable.load(tmp_path / "influence.json")["shapley_loss"]
+    assert len(values) == 6
+
+
 LONG = 20  # steps
 LAYOUTS: dict[str, Any] = {
     "one": "auto",

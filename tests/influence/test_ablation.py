@@ -238,7 +238,7 @@ def test_stops_when_it_is_sure() -> None:
 
 def test_orders_that_stop_early_stay_near_the_full_model() -> None:
     model, batches = small_game()
-    sampling, metrics = Sampling(samples=20, removals=1), ["shapley_loss", "leave_one_out_loss"]
+    sampling, metrics = Sampling(samples=2, removals=1), ["shapley_loss", "leave_one_out_loss"]
     table = estimate_influence(model, batches[:1], metrics, ["block"], sampling=sampling)
     assert table["shapley_loss"] == pytest.approx(table["leave_one_out_loss"], rel=1e-6)
     assert not table.errors.get("shapley_loss")  # of a single batch
@@ -268,9 +268,39 @@ def test_text_without_anything_to_predict() -> None:
             estimate_influence(tiny_model(), empty, LEAVE_ONE_OUT)
 
 
-def test_sites_that_were_never_drawn_are_told() -> None:
+@pytest.mark.parametrize("present", [0.6, 0.7, 0.9])
+@pytest.mark.parametrize("removals", [None, 1, 3])
+def test_one_sample_draws_every_site(present: float, removals: int | None) -> None:
     batches = small_game()[1][:1]
-    with pytest.raises(ValueError, match=r"subnetwork_loss has no value for block\.\d: .*Raise sampling\.samples"):
-        estimate_influence(
-            small_game()[0], batches, ["subnetwork_loss"], ["block"], sampling=Sampling(samples=1, present=0.75)
-        )
+    sampling = Sampling(samples=1, present=present, removals=removals)
+    table = estimate_influence(tiny_model(), batches, METRICS, sampling=sampling)
+    assert all(np.isfinite(list(table[metric].values())).all() for metric in METRICS)
+
+
+@pytest.mark.parametrize("metric", LEAVE_ONE_OUT)
+def test_rounds_take_the_lowest_site_each_time(metric: str) -> None:
+    model, batches = tiny_model("qwen2"), calibration()
+    table = estimate_influence(model, iter(batches), [metric], ["attention", "block"], rounds=3)
+    column = LEAVE_ONE_OUT.index(metric)
+    for kind in ("attention", "block"):
+        gone: list[str] = []
+        for _ in range(3):
+            costs = {
+                f"{kind}.{index}": float(costs_by_hand(model, batches, [*gone, f"{kind}.{index}"])[column])
+                for index in range(BLOCKS)
+                if f"{kind}.{index}" not in gone
+            }
+            gone.append(min(costs, key=lambda name: costs[name]))
+        places = table[f"{metric}_iterative"]
+        assert [places[name] for name in gone] == [0, 1, 2]
+        assert sorted(place for name, place in places.items() if name.startswith(kind)) == list(range(BLOCKS))
+        assert [str(site) for site in table.order(f"{metric}_iterative", [kind])[:3]] == gone
+    assert table.metrics == (metric, f"{metric}_iterative")
+
+
+def test_rounds_that_make_no_sense() -> None:
+    for rounds, metrics in ((-1, LEAVE_ONE_OUT), (2, ["cosine"])):
+        with pytest.raises(ValueError, match="which adaptive metrics alone look at"):
+            estimate_influence(tiny_model(), calibration(), metrics, rounds=rounds)
+    with pytest.raises(ValueError, match="there are 6 block sites: choose 5 or less"):
+        estimate_influence(tiny_model(), calibration(), LEAVE_ONE_OUT, ["block"], rounds=6)

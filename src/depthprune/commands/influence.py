@@ -44,6 +44,7 @@ def influence(
     denominator: str = "output",
     leave_out_massive: bool = False,
     run_length: int = 1,
+    rounds: int = 0,
     sampling: Sampling = Sampling(),  # noqa: B008 -- frozen
     sequences: int = 32,
     sequence_length: int = 256,
@@ -70,6 +71,7 @@ def influence(
         denominator: what relative metrics divide by: the stream after (output) or before (input) the site.
         leave_out_massive: leave out tokens with massive activations.
         run_length: blocks of the runs that angular scores.
+        rounds: estimate adaptive metrics anew after each of so many removals, into columns METRIC_iterative.
         sampling: what metrics that remove sites draw at random.
         sequences: how many sequences to score on, or questions where the task has no limit of its own.
         sequence_length: tokens of a sequence; a question with its shots has at most so many.
@@ -122,7 +124,12 @@ def influence(
         settings = {
             **about,
             **{"metrics": list(metrics), "kinds": list(kinds), "denominator": denominator, "sampling": vars(sampling)},
-            **{"leave_out_massive": leave_out_massive, "batch_size": batch_size, "tokens": loader.fingerprint},
+            **{
+                "leave_out_massive": leave_out_massive,
+                "batch_size": batch_size,
+                "rounds": rounds,
+                "tokens": loader.fingerprint,
+            },
             "weights": unpruned_fingerprint(causal_lm).weights,
         }
         saved = SavedSums(folder / "progress.safetensors", settings, save_every)
@@ -141,6 +148,7 @@ def influence(
             watch=tracked if fabric.is_global_zero else None,
             saved=saved,
             run_length=run_length,
+            rounds=rounds,
         )
         if fabric.is_global_zero:
             write_influence(table, folder)

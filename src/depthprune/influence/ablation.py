@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from depthprune.data.batches import world_and_rank
@@ -40,7 +41,8 @@ class Sampling:
     """How much of what is random an adaptive metric draws.
 
     Attributes:
-        samples: for each batch, subsets of a kind of site (``subnetwork``) or orders with their reverses (``shapley``).
+        samples: how often each site of a kind is absent from a random subset (``subnetwork``), or leaves in a random
+            order and in its reverse (``shapley``), for each batch.
         present: the share of the sites of a kind that stays in a subset of ``subnetwork``.
         removals: let only so many sites leave in each order of ``shapley``, which stays near the full model; its
             values then no longer sum to the damage of removing all. All leave if not given.
@@ -52,7 +54,7 @@ class Sampling:
         ValueError: one of them is out of range.
     """
 
-    samples: int = 4
+    samples: int = 1
     present: float = 0.9
     removals: int | None = None
     positions: float = 1.0
@@ -82,6 +84,9 @@ class AblationInfluence:
         sampling: how much is drawn.
         gone: sites that are removed in every variant; influence is that of removing one more.
         resamples: bootstrap resamples to keep (see :class:`~depthprune.influence.clusters.ClusterSums`).
+
+    Raises:
+        ValueError: a kind has one site only, or what is drawn would differ between processes that share a model.
     """
 
     def __init__(
@@ -104,6 +109,12 @@ class AblationInfluence:
         for game in self.games:
             if len(game) < 2:
                 raise ValueError(f"There is only one {game[0].kind} left: nothing can be compared with it.")
+        sampled = [metric for metric in metrics if ABLATION_METRICS[metric][0] != "leave_one_out"]
+        if sampled and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            raise ValueError(
+                f"{', '.join(sampled)} draws other subsets in each process, and a model that is spread over processes "
+                "(model_parallel) has to run the same ones: use another strategy, or leave_one_out."
+            )
         self.row = {site: row for row, site in enumerate(self.sites)}
         self.costs = tuple(
             cost for cost in (*COSTS, *CHOICE_COSTS) if any(ABLATION_METRICS[metric][1] == cost for metric in metrics)

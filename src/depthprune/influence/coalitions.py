@@ -45,7 +45,7 @@ def leave_one_out(sites: Sequence[Site], gone: Coalition = frozenset()) -> list[
 
 def permutations(
     sites: Sequence[Site],
-    pairs: int,
+    rounds: int,
     generator: np.random.Generator,
     removals: int | None = None,
     gone: Coalition = frozenset(),
@@ -54,31 +54,46 @@ def permutations(
 
     Args:
         sites: the players.
-        pairs: how many orders are drawn.
-        generator: draws them.
-        removals: stop after so many have left, so that only coalitions near the full model are seen; all if not given.
+        rounds: how often every site leaves in an order and in its reverse.
+        generator: draws the orders.
+        removals: let orders end after so many have left, so that only coalitions near the full model are seen; a round
+            then has as many orders as it takes for every site to leave. All leave in each order if not given.
         gone: sites that left before all others.
     """
     charges = []
-    for _ in range(pairs):
-        order = [sites[place] for place in generator.permutation(len(sites))]
-        for way in (order, order[::-1]):
-            absent = gone
-            for site in way[:removals]:
-                charges.append(Charge(site, absent | {site}, absent))
-                absent |= {site}
+    for _ in range(rounds):
+        for order in _slices(sites, min(removals or len(sites), len(sites)), generator):
+            for way in (order, order[::-1]):
+                absent = gone
+                for site in way:
+                    charges.append(Charge(site, absent | {site}, absent))
+                    absent |= {site}
     return charges
 
 
 def subsets(
-    sites: Sequence[Site], size: int, count: int, generator: np.random.Generator, gone: Coalition = frozenset()
+    sites: Sequence[Site], size: int, rounds: int, generator: np.random.Generator, gone: Coalition = frozenset()
 ) -> list[Coalition]:
-    """Coalitions that leave ``size`` of the sites, drawn without repeats; all if there are no more than ``count``."""
-    every = math.comb(len(sites), size)
-    if every <= count:
-        return [gone.union(absent) for absent in combinations(sites, len(sites) - size)]
-    found: dict[Coalition, None] = {}
-    while len(found) < count:
-        places = generator.permutation(len(sites))[: len(sites) - size]
-        found[gone.union(sites[place] for place in places)] = None
-    return list(found)
+    """Coalitions that leave ``size`` of the sites; all of them if there are no more than would be drawn.
+
+    Args:
+        sites: the players.
+        size: how many stay.
+        rounds: how often every site is absent, at least.
+        generator: draws the coalitions.
+        gone: sites that are absent from all of them.
+    """
+    absent = len(sites) - size
+    if math.comb(len(sites), size) <= rounds * math.ceil(len(sites) / absent):
+        return [gone.union(some) for some in combinations(sites, absent)]
+    return [gone.union(some) for _ in range(rounds) for some in _slices(sites, absent, generator)]
+
+
+def _slices(sites: Sequence[Site], length: int, generator: np.random.Generator) -> list[list[Site]]:
+    """A random order of the sites cut into pieces of one length, so that each is in one; the last is filled up.
+
+    Each piece by itself is a random selection in random order.
+    """
+    order = [sites[place] for place in generator.permutation(len(sites))]
+    pieces = math.ceil(len(sites) / length)
+    return [[*order, *order][start : start + length] for start in range(0, pieces * length, length)]

@@ -22,6 +22,7 @@ from depthprune.influence.cca_bound import run_cca_bound, site_groups
 from depthprune.influence.choice_costs import CHOICE_COSTS, is_question, refuse_chance
 from depthprune.influence.clusters import ClusterTotals, Ratio, mean
 from depthprune.influence.gradient import GRADIENT_METRICS, GradientInfluence, run_gradient
+from depthprune.influence.iterative import iterative_places
 from depthprune.influence.progress import SavedSums
 from depthprune.influence.registry import DEFAULT_METRICS, METRICS
 from depthprune.influence.static import STATIC_METRICS, StaticInfluence
@@ -48,6 +49,7 @@ def estimate_influence(
     watch: Watch | None = None,
     saved: SavedSums | None = None,
     run_length: int = 1,
+    rounds: int = 0,
 ) -> InfluenceTable:
     """Score sites, with standard errors over sequences.
 
@@ -68,6 +70,8 @@ def estimate_influence(
         saved: keeps the sums of each pass (but ``cca_bound``) on the way; a run that was killed goes on from there.
         run_length: score runs of so many adjacent blocks by ``angular``; a block's value is that of the run that
             starts there, and starts from which no run fits have none.
+        rounds: estimate adaptive metrics anew after each of so many removals, kind by kind (the paper's iterative
+            variant), into further columns ``METRIC_iterative``: the place of each site in the order in which they go.
 
     Raises:
         ValueError: an unknown metric, kind or denominator, kinds that a metric does not score, a run length that does
@@ -75,6 +79,8 @@ def estimate_influence(
     """
     metrics, kinds = ((names,) if isinstance(names, str) else tuple(names) for names in (metrics, kinds))
     _check_names(metrics, kinds, run_length)
+    if rounds < 0 or (rounds and not any(metric in ABLATION_METRICS for metric in metrics)):
+        raise ValueError(f"rounds is {rounds}, which adaptive metrics alone look at: name one, and 0 or more rounds.")
     anatomy = Anatomy.of(model)
     sites, seed = anatomy.sites(kinds), sampling.seed
     static, adaptive, gradient, attention = (
@@ -83,7 +89,7 @@ def estimate_influence(
     )
     groups = site_groups(sites, anatomy.hidden_size) if "cca_bound" in metrics else []
     one_pass = bool(static) or "angular" in metrics
-    passes = one_pass + bool(gradient) + bool(attention) + len(groups) + bool(adaptive)
+    passes = one_pass + bool(gradient) + bool(attention) + len(groups) + bool(adaptive) + rounds
     text = _Text(model, batches, passes, watch, saved)
     found = _Findings()
     for metric in metrics:
@@ -113,6 +119,11 @@ def estimate_influence(
             metric: (sites, sums.whole(), DESIGNS[ABLATION_METRICS[metric][0]])
             for metric, sums in ablation.sums.items()
         }
+        if rounds:
+            for metric in adaptive:
+                found.values[f"{metric}_iterative"] = iterative_places(
+                    model, lambda label: text.read(label), sites, metric, rounds, sampling
+                )
     about: dict[str, object] = {
         **(provenance or {}),
         "tokens": int(text.tokens.compute()) if text.tokens is not None else 0,
@@ -120,7 +131,7 @@ def estimate_influence(
         "massive_tokens_left_out": leave_out_massive,
     }
     if adaptive:
-        about["sampling"] = vars(sampling)
+        about |= {"sampling": vars(sampling), "rounds": rounds}
     if "angular" in metrics:
         about["run_length"] = run_length
         if run_length > 1 and len(anatomy.kept_blocks) < anatomy.block_count:
@@ -258,15 +269,13 @@ def _table(
         column, deviations = totals.estimates(ratio)
         if metric in ABLATION_METRICS and not column.isfinite().all():
             site = sites[int((~column.isfinite()).nonzero()[0])]
-            raise ValueError(
-                f"{metric} has no value for {site}: its loss is not finite, or it was never drawn both absent and "
-                "present. Raise sampling.samples, or score on more text."
-            )
+            raise ValueError(f"The {metric} influence of {site} is {column[sites.index(site)]}: check model and text.")
         values[metric] = _by_site(sites, column)
         if deviations.isfinite().all():
             errors[metric] = _by_site(sites, deviations)
         steady[metric] = _stability(sites, totals, ratio)
-    in_order = [{metric: columns[metric] for metric in metrics if metric in columns} for columns in (values, errors)]
+    names = [*metrics, *(name for name in values if name not in metrics)]
+    in_order = [{metric: columns[metric] for metric in names if metric in columns} for columns in (values, errors)]
     return InfluenceTable(in_order[0], fingerprint, about, found.updates, in_order[1], steady)
 
 

@@ -25,8 +25,22 @@ UNITS = {
     "cosine": "1 − cosine (no unit)",
     "l1": "|update|₁ (norm)",
     "l2": "|update|₂ (norm)",
-    "leave_one_out_loss": "nats/token",
-    "leave_one_out_logits": "L2 norm of logits",
+    "angular": "angle / π",
+    "taylor": "nats/token",
+    "fisher": "nats/token",
+    "attention_sink": "1 − mass on sink",
+    "attention_entropy": "nats",
+    "cca_bound": "unexplained share",
+    "magnitude": "sum of |weights|",
+    "random": "random number",
+    "reverse_order": "− depth",
+}
+ENDINGS = {
+    "_iterative": "place in order",
+    "_loss": "nats/token",
+    "_logits": "L2 norm of logits",
+    "_likelihood": "likelihood",
+    "_zero_one": "share of answers",
 }
 
 
@@ -172,4 +186,5 @@ def _unit(metric: str, provenance: Mapping[str, Any]) -> str:
         norm = {"relative_l1": "₁", "relative_l2": "₂"}[metric]
         by = {"output": "after", "input": "before"}.get(provenance.get("denominator", ""), "stream")
         return f"|update|{norm} / |{by}|{norm}"
-    return UNITS.get(metric, "nats/token" if metric.endswith("_loss") else "influence")
+    endings = (unit for ending, unit in ENDINGS.items() if metric.endswith(ending))
+    return UNITS.get(metric, next(endings, "influence"))
