@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import TextSource
+from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load, save
 from depthprune.sites import PruningPlan
 from tests import brute_force
@@ -141,3 +142,14 @@ def test_plans_and_checkpoints_for_another_model(
             assert "The plan is for another model" in sentence
             assert what in sentence
     assert not (tmp_path / "pruned").exists()
+
+
+def test_blocks_lend_their_influence_to_attentions(workshop: Workshop, scores: Path, tmp_path: Path) -> None:
+    flags = ["--influence", scores, "--kinds", "[attention]", "--remove", 2]
+    flags += ["--carry_blocks", "true", "--plan_only", "true"]
+    assert run(*command(workshop, tmp_path / "carried", *flags)) == 0
+    plan = PruningPlan.load(tmp_path / "carried" / "plan.json")
+    blocks = InfluenceTable.load(scores).order("cosine", ["block"])[:2]
+    assert [str(site) for site in plan.sites] == [f"attention.{index}" for index in sorted(s.index for s in blocks)]
+    flags[3] = "[attention, mlp]"
+    assert "carry_blocks takes one kind" in refusal(*command(workshop, tmp_path / "two", *flags))

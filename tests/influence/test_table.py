@@ -164,3 +164,18 @@ def test_no_table_there(tmp_path: Path) -> None:
     for write in (table().to_json, table().to_csv):
         with pytest.raises(ValueError, match="Cannot write"):
             write(tmp_path / "file" / "table")
+
+
+def test_blocks_lend_their_influence_to_what_is_inside() -> None:
+    column = {Site(0, "block"): 3.0, Site(1, "block"): 1.0, Site(1, "attention"): 9.0, Site(2, "block"): 2.0}
+    table = InfluenceTable({"cosine": column}, Fingerprint({}, ""), {"text": "mine"})
+    carried = table.carried_to("attention")
+    assert carried["cosine"] == {"attention.0": 3.0, "attention.1": 1.0, "attention.2": 2.0}
+    plan = carried.plan("cosine", ["attention"], 2)
+    assert [str(site) for site in plan.sites] == ["attention.1", "attention.2"]
+    assert plan.provenance["carried_from"] == "block"
+    with pytest.raises(ValueError, match="Unknown kind of site inside a block 'block'"):
+        table.carried_to("block")
+    attentions = InfluenceTable({"cosine": {Site(1, "attention"): 9.0}}, Fingerprint({}, ""), {})
+    with pytest.raises(ValueError, match="holds no single blocks"):
+        attentions.carried_to("mlp")

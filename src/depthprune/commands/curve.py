@@ -163,11 +163,11 @@ def report(content: dict[str, Any]) -> str:
 
 
 def _console(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title="Loss above the unpruned model (nats/token)", title_justify="left")
+    table = Table(title="Loss above the unpruned model (nats/token); ◂ the lowest", title_justify="left", box=None)
     keys = list(dict.fromkeys((row["kind"], row["removed"]) for row in rows))
-    table.add_column("metric")
+    table.add_column("metric", no_wrap=True)
     for kind, number in keys:
-        table.add_column(f"{number} {PLURALS[kind]}", justify="right")
+        table.add_column(f"{number}\n{PLURALS[kind]}", justify="right")
     for metric in dict.fromkeys(row["metric"] for row in rows):
         found = {(row["kind"], row["removed"]): row for row in rows if row["metric"] == metric}
         cells = [found.get(key) for key in keys]

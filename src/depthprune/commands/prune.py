@@ -31,6 +31,7 @@ def prune(
     metric: str | None = None,
     kinds: Sequence[str] | None = None,
     remove: int | None = None,
+    carry_blocks: bool | None = None,
     sites: Sequence[str] | None = None,
     plan: str | None = None,
     replacement: str | None = None,
@@ -58,6 +59,7 @@ def prune(
         metric: the table's metric, cosine if not given; the sites of lowest influence go.
         kinds: kinds of site to remove, from a table: block (if not given), attention, mlp.
         remove: how many sites to remove.
+        carry_blocks: take the influence of blocks for the attentions or MLPs inside them, as the paper does.
         sites: site names, such as [block.12, attention.3].
         plan: a plan's JSON file.
         replacement: none (if not given), emulated_update or low_rank_adapter; a plan and a checkpoint have their own.
@@ -78,7 +80,8 @@ def prune(
         raise ValueError(
             f"Name the plan's source once: influence, sites, plan or checkpoint; given: {', '.join(given) or 'none'}."
         )
-    flags = {"metric": metric, "kinds": kinds, "remove": remove, "replacement": replacement, "options": options}
+    flags: dict[str, Any] = {"metric": metric, "kinds": kinds, "remove": remove, "carry_blocks": carry_blocks}
+    flags |= {"replacement": replacement, "options": options}
     for flag, value in flags.items():
         if value is not None and flag not in FLAGS[given[0]]:
             raise ValueError(f"{flag} does not go with {given[0]}, which has its own: leave one of the two out.")
@@ -93,6 +96,10 @@ def prune(
         if remove is None:
             raise ValueError("Say how many sites to remove: --remove N.")
         table = InfluenceTable.load(influence)
+        if carry_blocks:
+            if not kinds or len(kinds) != 1:
+                raise ValueError("carry_blocks takes one kind: --kinds [attention] or --kinds [mlp].")
+            table = table.carried_to(kinds[0])
         chosen = table.plan(
             metric or "cosine", ("block",) if kinds is None else kinds, remove, replacement or "none", **(options or {})
         )
@@ -146,7 +153,7 @@ def prune(
 
 
 FLAGS: dict[str, tuple[str, ...]] = {
-    "influence": ("metric", "kinds", "remove", "replacement", "options"),
+    "influence": ("metric", "kinds", "remove", "carry_blocks", "replacement", "options"),
     "sites": ("replacement", "options"),
     "plan": (),
     "checkpoint": (),

@@ -156,7 +156,7 @@ def curve_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
             if not mine:
                 continue
             gaps = [Interval.from_dict(row["above_unpruned"]) for row in mine]
-            shift = (place - (len(names) - 1) / 2) * 0.06
+            shift = (place - (len(names) - 1) / 2) * 0.03
             axes.errorbar(
                 [row["removed"] + shift for row in mine],
                 [gap.value for gap in gaps],

@@ -126,6 +126,27 @@ class InfluenceTable:
             tuple(Removal((site,), replacement, options) for site in chosen), self.fingerprint, provenance
         )
 
+    def carried_to(self, kind: str) -> InfluenceTable:
+        """Blocks' influence taken for the attentions or MLPs inside them, as the paper does (arXiv 2407.16286).
+
+        Args:
+            kind: ``"attention"`` or ``"mlp"``.
+
+        Raises:
+            ValueError: another kind, or the table scored no blocks by themselves.
+        """
+        if kind not in ("attention", "mlp"):
+            raise unknown_name("kind of site inside a block", kind, ("attention", "mlp"))
+        values = {
+            metric: {Site(site.index, kind): value for site, value in column.items() if site.kind == "block"}
+            for metric, column in self.values.items()
+            if metric != "angular" or self.provenance.get("run_length", 1) == 1
+        }
+        values = {metric: column for metric, column in values.items() if column}
+        if not values:
+            raise ValueError("The table holds no single blocks to carry the influence of: score them first.")
+        return InfluenceTable(values, self.fingerprint, {**self.provenance, "carried_from": "block"})
+
     def _run(self, first: Site, length: int) -> tuple[Site, ...]:
         """The blocks of the run that starts with one; in a pruned model, blocks that are gone are passed over."""
         kept = self.provenance.get("kept_blocks") or range(first.index + length)
