@@ -122,7 +122,9 @@ def _readable(message: str, arguments: Sequence[str]) -> str:
     if message.startswith(("Unexpected config", "Problems parsing config")):
         return f"{_config_files(arguments)} is not a YAML file with a value for each option ({message})"
     for name, example in (("text", "xsum"), ("task", "openbookqa")):
-        if ("Unable to load config" in message and name in message) or f'Parser key "{name}": - Expected' in message:
+        if ("Unable to load config" in message and name in message) or f'Parser key "{name}": - Expected' in " ".join(
+            message.split()
+        ):
             return f"{message}; a {name} is named by {name}.path, such as --{name}.path {example}"
     if "Sequence'>" in message or "<class 'list'>" in message:
         return f"{message}; a list is written [a, b]"
