@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
 
-from depthprune.data.module import TextDataModule
+from depthprune.data.module import one_text
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
 from depthprune.evaluation.curve import UNPRUNED, first_sites, variant_losses
@@ -75,16 +75,7 @@ def curve(
         causal_lm, _ = load(model, dtype=dtype, revision=revision)
         table.fingerprint.check(unpruned_fingerprint(causal_lm))
         torch.nn.Module.to(causal_lm, fabric.device)
-        data = TextDataModule(
-            tokenizer=model,
-            revision=revision,
-            text=text,
-            domains={},
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            test_sequences=sequences,
-            shares=shares,
-        )
+        data = one_text(model, text, sequence_length, batch_size, shares, revision, test_sequences=sequences)
         batches = data.test_dataloader()[text.title]
         count = len(set(plans.values()))
         print(f"Measuring {count} variants of {model} on {batches.token_count} tokens of {text.path}.", flush=True)

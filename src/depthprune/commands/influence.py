@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from depthprune.data.batches import Batches
 from depthprune.data.choices import ChoiceBatches, open_choices
-from depthprune.data.module import TextDataModule
+from depthprune.data.module import one_text
 from depthprune.data.questions import ChoiceSource
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import shard_blocks, start_fabric
@@ -104,16 +104,7 @@ def influence(
         about: dict[str, Any] = {"model": model, "sequence_length": sequence_length, "seed": sampling.seed}
         loader: Batches | ChoiceBatches
         if text is not None:
-            data = TextDataModule(
-                tokenizer=model,
-                revision=revision,
-                text=text,
-                domains={},
-                sequence_length=sequence_length,
-                batch_size=batch_size,
-                score_sequences=sequences,
-                shares=shares,
-            )
+            data = one_text(model, text, sequence_length, batch_size, shares, revision, score_sequences=sequences)
             loader = data.score_dataloader()
             about |= {"text": text.path, "role": "score", "bos": data.spec.bos is not None}
         else:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from depthprune.data.module import TextDataModule
+from depthprune.data.module import one_text
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.families import pruning_record, unpruned_fingerprint
 from depthprune.files import check_new_folder, make_folder
@@ -130,16 +130,7 @@ def prune(
     else:
         batches = None
         if sites_to_measure(causal_lm, chosen):
-            data = TextDataModule(
-                tokenizer=model,
-                revision=revision,
-                text=text,
-                domains={},
-                sequence_length=sequence_length,
-                batch_size=batch_size,
-                calibration_sequences=sequences,
-                shares=shares,
-            )
+            data = one_text(model, text, sequence_length, batch_size, shares, revision, calibration_sequences=sequences)
             batches = tracked(data.calibration_dataloader(), "Calibrating")
         prune_model(causal_lm, chosen, batches)
     save(causal_lm, tokenizer, output)

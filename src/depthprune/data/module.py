@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
@@ -183,6 +184,38 @@ class TextDataModule(LightningDataModule):
                 warnings.warn(f"{what} has only {found} of the {limit} sequences asked for.", stacklevel=2)
             self._sets[key] = Batches(sequences, self.batch_size, restarts)
         return self._sets[key]
+
+
+def one_text(
+    model: str,
+    text: TextSource,
+    sequence_length: int,
+    batch_size: int,
+    shares: RoleShares,
+    revision: str | None = None,
+    **sequences: Any,
+) -> TextDataModule:
+    """A data module of a single text, for a command that does not train.
+
+    Args:
+        model: whose tokenizer reads the text.
+        text: the text.
+        sequence_length: tokens in a sequence.
+        batch_size: sequences in a batch.
+        shares: of the four roles.
+        revision: of the model on the hub.
+        sequences: numbers of sequences, as :class:`TextDataModule` names them.
+    """
+    return TextDataModule(
+        tokenizer=model,
+        revision=revision,
+        text=text,
+        domains={},
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        shares=shares,
+        **sequences,
+    )
 
 
 def _domains(text: TextSource, others: dict[str, TextSource]) -> dict[str, TextSource]:
