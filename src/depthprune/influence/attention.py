@@ -152,11 +152,8 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def run_attention(influence: AttentionInfluence, batches: Iterable[Batch]) -> int:
+def run_attention(influence: AttentionInfluence, batches: Iterable[Batch]) -> None:
     """Add batches until they end.
-
-    Returns:
-        The number of tokens that counted, in this process.
 
     Raises:
         ValueError: there is no token to count, or positions restart.
@@ -169,4 +166,3 @@ def run_attention(influence: AttentionInfluence, batches: Iterable[Batch]) -> in
             tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
     if tokens == 0:
         raise ValueError("There is no token to score or calibrate on: the batches are empty or all padding.")
-    return tokens

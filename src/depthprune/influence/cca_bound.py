@@ -121,9 +121,7 @@ def site_groups(sites: Sequence[Site], width: int, memory: int = MEMORY) -> list
     return [sites[start : start + size] for start in range(0, len(sites), size)]
 
 
-def run_cca_bound(
-    model: PreTrainedModel, batches: Iterable[Batch], sites: Sequence[Site]
-) -> tuple[dict[Site, float], int]:
+def run_cca_bound(model: PreTrainedModel, batches: Iterable[Batch], sites: Sequence[Site]) -> dict[Site, float]:
     """The CCA bound of a few sites, from one pass over the batches.
 
     Args:
@@ -132,16 +130,15 @@ def run_cca_bound(
         sites: the sites; give the groups of :func:`site_groups` one by one to bound the memory.
 
     Returns:
-        The value of each site, and the number of tokens that counted, in this process.
+        The value of each site.
 
     Raises:
         ValueError: there is no token to count.
     """
     moments = CrossMoments(len(sites), Anatomy.of(model).hidden_size).to(input_device(model))
-    tokens = _add_text(moments, model, batches, sites)
-    if tokens == 0:
+    if _add_text(moments, model, batches, sites) == 0:
         raise ValueError("There is no token to score or calibrate on: the batches are empty or all padding.")
-    return {site: float(value) for site, value in zip(sites, moments.compute(), strict=True)}, tokens
+    return {site: float(value) for site, value in zip(sites, moments.compute(), strict=True)}
 
 
 def _add_text(moments: CrossMoments, model: PreTrainedModel, batches: Iterable[Batch], sites: Sequence[Site]) -> int:

@@ -108,7 +108,7 @@ def estimate_influence(
         run_attention(weights, text.read("Attention metrics", {"weights": weights.sums}))
         found.sums |= {metric: (weights.sites, totals, mean) for metric, totals in weights.totals().items()}
     for number, group in enumerate(groups, 1):
-        values, _ = run_cca_bound(model, text.read(f"CCA bound, {number} of {len(groups)}"), group)
+        values = run_cca_bound(model, text.read(f"CCA bound, {number} of {len(groups)}"), group)
         found.values["cca_bound"] = found.values.get("cca_bound", {}) | values
     if any(ABLATION_METRICS[metric][1] in CHOICE_COSTS for metric in adaptive):
         _check_questions(model, text, adaptive)

@@ -173,22 +173,16 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def run_gradient(influence: GradientInfluence, batches: Iterable[Batch]) -> int:
+def run_gradient(influence: GradientInfluence, batches: Iterable[Batch]) -> None:
     """Add batches until they end. The model is left as it was, without gradients of its weights.
-
-    Returns:
-        The number of tokens that were read, in this process.
 
     Raises:
         ValueError: there is no token to predict.
     """
-    tokens = predicted = 0
+    predicted = 0
     with evaluating(influence.model), frozen(influence.model):
         for batch in on_device(batches, influence.model):
             influence.add(batch)
-            mask = batch.get("attention_mask")
-            tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
             predicted += int(predicted_mask(batch).sum())
     if predicted == 0:
         raise ValueError("There is no token to predict: the batches are empty or all padding.")
-    return tokens
