@@ -48,7 +48,6 @@ class Family:
         mlp: the chain of the MLP.
         parallel: whether attention and MLP read the same stream, or the name of the config's entry that says so;
             otherwise the attention's update is added before the MLP reads.
-        cache_argument: the name under which block and attention get the cache.
         per_layer_lists: lists in the config that have one entry per block.
         sparse_step: the config's entry by which every so-manieth MLP is a mixture of experts, if it has one.
         dense_list: the config's list of blocks whose MLP is none all the same.
@@ -65,7 +64,6 @@ class Family:
     attention: tuple[str, ...] = ("self_attn",)
     mlp: tuple[str, ...] = ("mlp",)
     parallel: bool | str = False
-    cache_argument: str = "past_key_values"
     per_layer_lists: tuple[str, ...] = ("layer_types",)
     sparse_step: str | None = None
     dense_list: str | None = None
@@ -98,7 +96,6 @@ FAMILIES = (
         finish=("final_layer_norm",),
         attention=("attention",),
         parallel="use_parallel_residual",
-        cache_argument="layer_past",
     ),
     Family(
         ("gpt2",),

@@ -28,6 +28,9 @@ from depthprune.sites import PruningPlan, Site
 POSITIONS = ("original", "none", "emulated_update", "replacement")
 """What a slot's switch can be set to: the original module, nothing, the replacement's constant alone, all of it."""
 
+CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
+"""The names under which blocks and attentions get the cache: transformers 5.24 renamed it."""
+
 
 class Slot:
     """Mixin that turns a site's module into a slot (see :func:`install_slots`).
@@ -57,19 +60,20 @@ class Slot:
 
 @dataclass(frozen=True)
 class _Argument:
-    """Where a forward method takes one of its arguments: by name or at a position."""
+    """Where a forward method takes one of its arguments: by any of its names or at a position."""
 
-    name: str
+    names: tuple[str, ...]
     position: int | None
 
     @classmethod
-    def of(cls, forward: Any, name: str) -> _Argument:
-        names = [parameter for parameter in inspect.signature(forward).parameters if parameter != "self"]
-        return cls(name, names.index(name) if name in names else None)
+    def of(cls, forward: Any, *names: str) -> _Argument:
+        order = [parameter for parameter in inspect.signature(forward).parameters if parameter != "self"]
+        return cls(names, next((order.index(name) for name in names if name in order), None))
 
     def get(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.name in kwargs:
-            return kwargs[self.name]
+        for name in self.names:
+            if name in kwargs:
+                return kwargs[name]
         if self.position is not None and self.position < len(args):
             return args[self.position]
         return None
@@ -91,17 +95,16 @@ def _hold_cache_place(cache: Any, index: int, read: Tensor) -> None:
 
 
 @functools.cache
-def _slot_class(base: type[nn.Module], kind: str, cache_argument: str) -> type[nn.Module]:
+def _slot_class(base: type[nn.Module], kind: str) -> type[nn.Module]:
     """The class of a slot whose module has class ``base``.
 
     Args:
         base: the module's class.
         kind: the site's kind for the first module of its chain, ``"follower"`` for the others.
-        cache_argument: how the family names the cache.
     """
     read_name = next(name for name in inspect.signature(base.forward).parameters if name != "self")
     read_argument = _Argument.of(base.forward, read_name)
-    cache = _Argument.of(base.forward, cache_argument)
+    cache = _Argument.of(base.forward, *CACHE_ARGUMENTS)
 
     class SlotModule(Slot, base):  # type: ignore[misc, valid-type]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -119,11 +122,7 @@ def _slot_class(base: type[nn.Module], kind: str, cache_argument: str) -> type[n
             return (update, None) if kind == "attention" else update
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            return (
-                _empty_slot,
-                (base, kind, cache_argument),
-                self.__dict__,
-            )  # pickle cannot find a derived class by name
+            return _empty_slot, (base, kind), self.__dict__  # pickle cannot find a derived class by name
 
     SlotModule.base = base
     SlotModule.__name__ = f"{base.__name__}Slot"
@@ -131,9 +130,9 @@ def _slot_class(base: type[nn.Module], kind: str, cache_argument: str) -> type[n
     return SlotModule
 
 
-def _empty_slot(base: type[nn.Module], kind: str, cache_argument: str) -> nn.Module:
+def _empty_slot(base: type[nn.Module], kind: str) -> nn.Module:
     """What a pickled slot is filled into."""
-    made: Any = _slot_class(base, kind, cache_argument)  # type: ignore[arg-type]
+    made: Any = _slot_class(base, kind)  # type: ignore[arg-type]
     return made.__new__(made)
 
 
@@ -212,14 +211,12 @@ def make_slots(anatomy: Anatomy, site: Site, replacement: Replacement | None) ->
     """Turn the modules of a site into slots, the first one with the replacement (see :func:`install_slots`)."""
     first, *followers = anatomy.chain(site)
     cache = anatomy.kept_blocks.index(site.index)
-    _make_slot(first, site.kind, anatomy.family.cache_argument, cache, replacement)
+    _make_slot(first, site.kind, cache, replacement)
     for module in followers:
-        _make_slot(module, "follower", anatomy.family.cache_argument, cache, None)
+        _make_slot(module, "follower", cache, None)
 
 
-def _make_slot(
-    module: nn.Module, kind: str, cache_argument: str, cache_index: int, replacement: Replacement | None
-) -> None:
+def _make_slot(module: nn.Module, kind: str, cache_index: int, replacement: Replacement | None) -> None:
     device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
     hook = getattr(module, "_hf_hook", None)
     if hook is not None:  # accelerate's hook hides the class's forward: put it back over the slot's
@@ -227,7 +224,7 @@ def _make_slot(
         module.__dict__.pop("forward", None)  # the hook left the old class's forward on the instance
         device = torch.device(getattr(hook, "execution_device", None) or device)
     base = type(module)
-    module.__class__ = _slot_class(base, kind, cache_argument)  # type: ignore[arg-type]
+    module.__class__ = _slot_class(base, kind)  # type: ignore[arg-type]
     assert isinstance(module, Slot)
     module.slot_position = "replacement"
     module.cache_index = cache_index
