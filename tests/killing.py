@@ -48,6 +48,7 @@ def forked(work: Callable[[], int], seconds: float | None = None) -> int:
     child = os.fork()
     if child == 0:
         code = 70
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
         try:
             code = work()
         except BaseException:

@@ -19,7 +19,7 @@ Batch = Mapping[str, Tensor]
 ``position_ids (B, T)``, which start again with each; may carry more."""
 
 CHUNK = 512  # positions whose logits are held at once, where gradients are wanted or the head is no plain layer
-TILE = (1024, 4096)  # positions and vocabulary entries whose logits are held at once otherwise
+TILE = (1024, 1024)  # positions and vocabulary entries whose logits are held at once otherwise
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -133,7 +133,7 @@ def main() -> None:
     streams = (len(Anatomy.of(model).blocks) + 1) * batch["input_ids"].numel() * Anatomy.of(model).hidden_size * 2
     print(
         f"peak memory above the loaded model after a forward: {(peak[0] - start) / 1e6:.0f} MB, of which the streams "
-        f"of one batch are {streams / 1e6:.0f} MB and one tile of logits {1024 * 4096 * 4 / 1e6:.0f} MB"
+        f"of one batch are {streams / 1e6:.0f} MB and one tile of logits {1024 * 1024 * 4 / 1e6:.0f} MB"
     )
     times: dict[str, list[float]] = {"exact": [], "quarter": [], "per FLOP": []}
     few = {"input_ids": batch["input_ids"][:, :64]}  # counting is slow, and FLOPs but for attention go with the tokens

@@ -46,7 +46,8 @@ class Sampling:
         present: the share of the sites of a kind that stays in a subset of ``subnetwork``.
         removals: let only so many sites leave in each order of ``shapley``, which stays near the full model; its
             values then no longer sum to the damage of removing all. All leave if not given.
-        positions: the share of each sequence's positions at which loss and logits are measured.
+        positions: the share of each sequence's positions at which logits are made, for the loss, and for the distance of
+            logits where the head is not linear.
         target_error: stop once the mean standard error over the sites is no larger for any sampled metric.
         seed: of subsets, orders and positions.
 

@@ -21,12 +21,16 @@ class LogitDistance:
 
     Args:
         model: the model whose head is meant.
+
+    Attributes:
+        is_cheap: whether distances are found without the logits.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         head = plain_head(model)
         self.root = None if head is None or logit_cap(model) else _root(model, head)
+        self.is_cheap = self.root is not None
 
     def __call__(self, rows: Tensor, others: Tensor) -> Tensor:
         """Distances ``(N,)`` fp32 of normed last hidden states ``(N, D)``."""
