@@ -19,7 +19,7 @@ Batch = Mapping[str, Tensor]
 ``position_ids (B, T)``, which start again with each; may carry more."""
 
 CHUNK = 512  # positions whose logits are held at once, where gradients are wanted or the head is no plain layer
-TILE = (1024, 1024)  # positions and vocabulary entries whose logits are held at once otherwise
+TILE = (1024, 4096)  # positions and vocabulary entries whose logits are held at once otherwise
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -146,22 +146,26 @@ def _head_is_trained(model: PreTrainedModel) -> bool:
 
 
 def _tiled_losses(model: PreTrainedModel, rows: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy with the vocabulary in tiles that stay near the processor: the running maximum and sum of exp."""
+    """Cross-entropy with the vocabulary in tiles that stay near the processor.
+
+    A tile's own cross-entropy to any of its entries and that entry's logit add up to the tile's logsumexp, and torch
+    finds the first in one pass over the tile.
+    """
     head = plain_head(model)
     assert head is not None
-    top = rows.new_full((len(rows),), -torch.inf, dtype=torch.float32)
-    total, chosen = torch.zeros_like(top), torch.zeros_like(top)
-    for start in range(0, len(head.weight), TILE[1]):
+    chosen = rows.new_zeros(len(rows), dtype=torch.float32)
+    starts = range(0, len(head.weight), TILE[1])
+    sums = chosen.new_empty(len(starts), len(rows))
+    for number, start in enumerate(starts):
         tile = slice(start, start + TILE[1])
         bias = None if head.bias is None else head.bias[tile]
         logits = bent(model, functional.linear(rows, head.weight[tile], bias)).float()
         here = targets - start
-        found = (here >= 0) & (here < logits.shape[1])
-        chosen = torch.where(found, logits.gather(1, here.clamp(0, logits.shape[1] - 1)[:, None])[:, 0], chosen)
-        higher = torch.maximum(top, logits.amax(1))
-        total = total * (top - higher).exp() + logits.sub_(higher[:, None]).exp_().sum(1)
-        top = higher
-    return top + total.log() - chosen
+        near = here.clamp(0, logits.shape[1] - 1)
+        entry = logits.gather(1, near[:, None])[:, 0]
+        sums[number] = functional.cross_entropy(logits, near, reduction="none") + entry
+        chosen = torch.where(here == near, entry, chosen)
+    return sums.logsumexp(0) - chosen
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
 from depthprune.progress import tracked
 from depthprune.report.markdown import table as markdown_table
+from depthprune.saved_sums import SavedSums
 
 VERSION = 1
 
@@ -43,6 +44,7 @@ def curve(
     dtype: str = "auto",
     revision: str | None = None,
     accelerator: str = "auto",
+    save_every: int = 4,
 ) -> None:
     """Remove the first sites of every metric's order and measure the loss on held-out text; writes a report.
 
@@ -63,6 +65,7 @@ def curve(
         dtype: auto (as saved), bfloat16, float16 or float32.
         revision: branch, tag or commit on the hub.
         accelerator: as in Lightning: auto, cpu, gpu.
+        save_every: save the sums after so many batches; the same command goes on from there.
     """
     folder = make_folder(output)
     with only_writer(folder, "curve"):
@@ -79,7 +82,19 @@ def curve(
         batches = data.test_dataloader()[text.title]
         count = len(set(plans.values()))
         print(f"Measuring {count} variants of {model} on {batches.token_count} tokens of {text.path}.", flush=True)
-        losses = variant_losses(causal_lm, batches, plans.values(), lambda items: tracked(items, "Held-out loss"))
+        settings = {
+            "weights": unpruned_fingerprint(causal_lm).weights,
+            "tokens": batches.fingerprint,
+            "batch_size": batch_size,
+            "dtype": str(causal_lm.dtype),
+            "variants": sorted({" ".join(map(str, sorted(plan))) for plan in plans.values()}),
+        }
+        saved = SavedSums(folder / "progress.safetensors", settings, save_every)
+        if saved.done:
+            print(f"Going on from what a run before had summed in {folder}.", flush=True)
+        losses = variant_losses(
+            causal_lm, batches, plans.values(), lambda items, left: tracked(items, "Held-out loss", left), saved
+        )
         unpruned = losses[UNPRUNED]
         best: dict[tuple[str, int], str] = {}
         for metric, kind, number in sorted(plans, key=lambda plan: losses[plans[plan]].loss):
@@ -111,6 +126,7 @@ def curve(
         write_text(folder / "curve.md", report(content))
         figure = curve_figure(rows)
         write_figure(figure, folder / "curve.png")
+        saved.remove()
         logger = TensorBoardLogger(folder, name="tensorboard", version="")
         writer: Any = logger.experiment
         writer.add_figure("held-out loss by sites removed", figure, close=False)

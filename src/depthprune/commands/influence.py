@@ -26,11 +26,11 @@ from depthprune.files import make_folder, only_writer
 from depthprune.influence.ablation import Sampling
 from depthprune.influence.estimate import estimate_influence
 from depthprune.influence.figures import agreement_figure, influence_figure
-from depthprune.influence.progress import SavedSums
 from depthprune.influence.registry import DEFAULT_METRICS
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
 from depthprune.progress import tracked
+from depthprune.saved_sums import SavedSums
 from depthprune.sites import KINDS
 
 
@@ -122,6 +122,7 @@ def influence(
                 "tokens": loader.fingerprint,
             },
             "weights": unpruned_fingerprint(causal_lm).weights,
+            "dtype": str(causal_lm.dtype),
         }
         saved = SavedSums(folder / "progress.safetensors", settings, save_every)
         if saved.done and fabric.is_global_zero:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 
 from transformers import PreTrainedModel
 
 from depthprune.data.batches import Batches
 from depthprune.evaluation.domains import DocumentLoss, DomainLoss
-from depthprune.head import evaluating, input_device, on_device, token_losses
+from depthprune.head import Batch, evaluating, input_device, on_device, token_losses
 from depthprune.influence.table import InfluenceTable
+from depthprune.saved_sums import SavedSums
 from depthprune.variants import Absent, record, run_variants, switchable
 
 UNPRUNED: Absent = frozenset()
+PASS = "held-out loss"
 
 
 def first_sites(
@@ -41,7 +44,8 @@ def variant_losses(
     model: PreTrainedModel,
     batches: Batches,
     variants: Iterable[Absent],
-    watch: Callable[[Iterable[dict]], Iterator[dict]] = iter,
+    watch: Callable[[Iterable[Batch], int], Iterator[Batch]] = lambda items, _: iter(items),
+    saved: SavedSums | None = None,
 ) -> dict[Absent, DomainLoss]:
     """The loss of variants with nothing in the removed places, by document, with shared prefixes.
 
@@ -49,12 +53,18 @@ def variant_losses(
         model: the model.
         batches: a domain's text.
         variants: the absent sites of each; the unpruned model is added.
-        watch: goes through the batches and shows how far it is.
+        watch: goes through the batches, of which so many are left, and shows how far it is.
+        saved: keeps the sums on the way, and takes up those of a run before.
     """
     wanted = list(dict.fromkeys([UNPRUNED, *variants]))
     metrics = {variant: DocumentLoss(batches.document_count).to(input_device(model)) for variant in wanted}
+    states = {" ".join(map(str, sorted(variant))) or "unpruned": metric for variant, metric in metrics.items()}
+    start = saved.restore(PASS, states) if saved is not None else 0
+    rest: Iterable[Batch] = islice(batches, start, None)
+    if saved is not None:
+        rest = saved.saving(PASS, states, rest, start, len(batches))
     with evaluating(model), switchable(model):
-        for batch in on_device(watch(batches), model):
+        for batch in on_device(watch(rest, len(batches) - start), model):
             for place, hidden in run_variants(record(model, batch), wanted):
                 metrics[wanted[place]].update(token_losses(model, batch, hidden), batch)
     return {variant: metric.domain_loss() for variant, metric in metrics.items()}

@@ -46,8 +46,8 @@ class Sampling:
         present: the share of the sites of a kind that stays in a subset of ``subnetwork``.
         removals: let only so many sites leave in each order of ``shapley``, which stays near the full model; its
             values then no longer sum to the damage of removing all. All leave if not given.
-        positions: the share of each sequence's positions at which logits are made, for the loss, and for the distance of
-            logits where the head is not linear.
+        positions: the share of each sequence's positions at which logits are made: for the loss, and for the distance
+            of logits where the head is not linear.
         target_error: stop once the mean standard error over the sites is no larger for any sampled metric.
         seed: of subsets, orders and positions.
 
@@ -174,8 +174,11 @@ class AblationInfluence:
             cost, counts = text_cost(
                 self.distance, batch, recording.hidden, self.costs, self.sampling.positions, generator
             )
-        found = {coalitions[place]: cost(hidden) for place, hidden in run_variants(recording, coalitions)}
-        return found, counts.double()
+        # One tensor for all: many small ones, made between large ones, would keep the allocator from reusing those.
+        found = counts.new_empty(len(coalitions), len(self.costs), len(counts), dtype=torch.float64)
+        for number, hidden in run_variants(recording, coalitions):
+            found[number] = cost(hidden)
+        return dict(zip(coalitions, found, strict=True)), counts.double()
 
     def _add_charges(
         self,

@@ -23,12 +23,12 @@ from depthprune.influence.choice_costs import CHOICE_COSTS, is_question, refuse_
 from depthprune.influence.clusters import ClusterTotals, Ratio, mean
 from depthprune.influence.gradient import GRADIENT_METRICS, GradientInfluence, run_gradient
 from depthprune.influence.iterative import iterative_places
-from depthprune.influence.progress import SavedSums
 from depthprune.influence.registry import DEFAULT_METRICS, METRICS
 from depthprune.influence.static import STATIC_METRICS, StaticInfluence
 from depthprune.influence.table import InfluenceTable
 from depthprune.moments import MeanUpdates, SiteMetric, run_observed
 from depthprune.names import unknown_name
+from depthprune.saved_sums import SavedSums
 from depthprune.sites import KINDS, Fingerprint, Site
 
 RESAMPLES = 200  # of the text, for how stable an order is

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-import depthprune.influence.progress as room
+import depthprune.saved_sums as room
 from depthprune.influence.ablation import Sampling
 from depthprune.influence.estimate import estimate_influence
-from depthprune.influence.progress import SavedSums
 from depthprune.influence.table import InfluenceTable
+from depthprune.saved_sums import SavedSums
 from tests.command_line import LENGTH, Workshop, run
 from tests.killing import forked
 from tests.tiny_models import tiny_batch, tiny_model
