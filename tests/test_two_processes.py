@@ -68,15 +68,30 @@ def test_metrics_of_every_pass(workshop: Workshop, tmp_path: Path, strategy: str
             assert two.errors[metric][site] == pytest.approx(error, rel=1e-3, abs=1e-6)
 
 
-def test_sampled_metrics_of_a_model_spread_over_processes_are_refused(workshop: Workshop, tmp_path: Path) -> None:
+SAMPLED = "[shapley_loss, shapley_logits, subnetwork_loss, subnetwork_logits]"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "model_parallel"])
+def test_sampled_metrics(workshop: Workshop, tmp_path: Path, strategy: str) -> None:
     arguments: list[object] = ["influence", "--model", workshop.model, "--text.path", workshop.text]
     arguments += ["--sequence_length", LENGTH, "--sequences", 7, "--batch_size", 2, "--accelerator", "cpu"]
-    arguments += ["--metrics", "[shapley_loss]", "--kinds", "[block]", "--output", tmp_path, "--devices", 2]
-    with pytest.raises(AssertionError, match="has to run the same ones: use another strategy"):
-        in_two_processes(*arguments, "--strategy", "model_parallel")
-    in_two_processes(*arguments, "--strategy", "ddp")
-    values = InfluenceTable.load(tmp_path / "influence.json")["shapley_loss"]
-    assert len(values) == 6
+    arguments += ["--metrics", SAMPLED, "--kinds", "[block]", "--sampling.samples", 2, "--save_every", 1]
+    in_two_processes(*arguments, "--devices", 2, "--strategy", strategy, "--output", tmp_path)
+    table = InfluenceTable.load(tmp_path / "influence.json")
+    for metric in table.metrics:
+        assert len(table[metric]) == 6
+        assert all(error > 0 for error in table.errors[metric].values())
+
+
+def test_processes_that_share_a_model_run_the_same_subsets(workshop: Workshop, tmp_path: Path) -> None:
+    arguments: list[object] = ["influence", "--model", workshop.model, "--text.path", workshop.text]
+    arguments += ["--sequence_length", LENGTH, "--sequences", 4, "--accelerator", "cpu", "--metrics", SAMPLED]
+    assert run(*arguments, "--batch_size", 4, "--output", tmp_path / "one") == 0
+    flags = ["--batch_size", 2, "--devices", 2, "--strategy", "model_parallel", "--output", tmp_path / "two"]
+    in_two_processes(*arguments, *flags)
+    one, two = (InfluenceTable.load(tmp_path / name / "influence.json") for name in ("one", "two"))
+    for metric in one.metrics:  # one batch in all, so the same draw
+        assert two[metric] == pytest.approx(one[metric], rel=1e-4, abs=1e-6)
 
 
 LONG = 20  # steps

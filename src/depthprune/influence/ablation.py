@@ -86,8 +86,10 @@ class AblationInfluence:
         gone: sites that are removed in every variant; influence is that of removing one more.
         resamples: bootstrap resamples to keep (see :class:`~depthprune.influence.clusters.ClusterSums`).
 
+    Processes that share one model run the same subsets at the same time; otherwise each draws its own.
+
     Raises:
-        ValueError: a kind has one site only, or what is drawn would differ between processes that share a model.
+        ValueError: a kind has one site only.
     """
 
     def __init__(
@@ -110,12 +112,7 @@ class AblationInfluence:
         for game in self.games:
             if len(game) < 2:
                 raise ValueError(f"There is only one {game[0].kind} left: nothing can be compared with it.")
-        sampled = [metric for metric in metrics if ABLATION_METRICS[metric][0] != "leave_one_out"]
-        if sampled and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-            raise ValueError(
-                f"{', '.join(sampled)} draws other subsets in each process, and a model that is spread over processes "
-                "(model_parallel) has to run the same ones: use another strategy, or leave_one_out."
-            )
+        self.is_shared = any(isinstance(parameter, DTensor) for parameter in model.parameters())
         self.row = {site: row for row, site in enumerate(self.sites)}
         self.costs = tuple(
             cost for cost in (*COSTS, *CHOICE_COSTS) if any(ABLATION_METRICS[metric][1] == cost for metric in metrics)
@@ -133,7 +130,8 @@ class AblationInfluence:
     def add(self, batch: Batch) -> None:
         """Run all variants on a batch. The model has to be switchable and in evaluation mode."""
         place = (world_and_rank()[1], self.sums[self.metrics[0]]._update_count)
-        generator = np.random.default_rng((self.sampling.seed, *place))
+        drawn_at = (0, place[1]) if self.is_shared else place
+        generator = np.random.default_rng((self.sampling.seed, *drawn_at))
         charges = {
             design: [charge for game in self.games for charge in self._charges(design, game, generator)]
             for design in self.designs
@@ -195,7 +193,7 @@ class AblationInfluence:
         sums[:, -1].index_add_(0, rows, counts.expand(len(charges), -1))
         by_cluster = sums.permute(2, 0, 1)  # (B, rows, C + 1)
         if design != "leave_one_out":  # whose sequences do not share what is drawn
-            by_cluster = by_cluster.sum(0, keepdim=True)
+            by_cluster = self._one_cluster(by_cluster.sum(0))
         for column, cost in enumerate(self.costs):
             if metric := self._metric(design, cost):
                 self.sums[metric].update(by_cluster[:, :, [column, -1]], place)
@@ -218,7 +216,13 @@ class AblationInfluence:
                     sums[:, self.row[site], column + 1] += counts.sum()
         for number, cost_name in enumerate(self.costs):
             if metric := self._metric("subnetwork", cost_name):
-                self.sums[metric].update(sums[number][None], place)
+                self.sums[metric].update(self._one_cluster(sums[number]), place)
+
+    def _one_cluster(self, sums: Tensor) -> Tensor:
+        """The sums of all that shares what was drawn, ``(1, ...)``; ``(0, ...)`` where another process has them."""
+        if self.is_shared:
+            torch.distributed.all_reduce(sums)
+        return sums[None] if not self.is_shared or world_and_rank()[1] == 0 else sums[None][:0]
 
     def _metric(self, design: str, cost: str) -> str | None:
         name = f"{design}_{cost}"
@@ -255,5 +259,5 @@ def run_ablation(influence: AblationInfluence, batches: Iterable[Batch]) -> None
                     "samples.",
                     stacklevel=2,
                 )
-    if not any(sums.totals[:, 1].any() for sums in influence.sums.values()):
+    if not any(sums.whole().totals[:, 1].any() for sums in influence.sums.values()):
         raise ValueError("There is no token to predict: the batches are empty or all padding.")
