@@ -9,8 +9,11 @@ import time
 import traceback
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 from lightning import Callback, LightningModule, Trainer
+
+from depthprune.saved_sums import SavedSums
 
 
 class StopAt(Callback):
@@ -61,3 +64,18 @@ def forked(work: Callable[[], int], seconds: float | None = None) -> int:
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_at_first_save(work: Callable[[], int]) -> int:
+    """Do something in a child process that is killed once it has saved its sums; its exit code."""
+    save = SavedSums._save
+
+    def stop(self: SavedSums, *arguments: Any) -> None:
+        save(self, *arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def doomed() -> int:
+        with patch.object(SavedSums, "_save", stop):
+            return work()
+
+    return forked(doomed)

@@ -77,6 +77,14 @@ def test_a_stopped_run_ends_with_the_same_table(tmp_path: Path, whole: Influence
     assert seen.count(label) == len(BATCHES) - count // 2 * 2
 
 
+def test_a_run_that_is_stopped_twice_counts_each_batch_once(tmp_path: Path, whole: InfluenceTable) -> None:
+    path = tmp_path / "progress.safetensors"
+    for count in (3, 1):  # the second time after the first pass was gone through again and sums of another were saved
+        with pytest.raises(Killed):
+            score(path, watch=killed_after(count, "Adaptive metrics"))
+    assert score(path).to_dict() == whole.to_dict()
+
+
 def test_a_finished_pass_goes_on_from_its_last_save(tmp_path: Path, whole: InfluenceTable) -> None:
     path = tmp_path / "progress.safetensors"
     assert score(path).to_dict() == whole.to_dict()

@@ -104,7 +104,7 @@ def read_json(path: Path | str, what: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"Cannot read {what} from {path}: {error}. Check the path.") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also of a number with too many digits
         raise ValueError(f"{path} is not {what}: it is not valid JSON ({error}). Make it anew.") from error
 
 

@@ -54,7 +54,7 @@ class SavedSums:
         for key, metric in metrics.items():
             for state in metric._defaults:
                 saved = self._tensors[f"{name}/{key}/{state}"][rank]
-                setattr(metric, state, saved.to(getattr(metric, state)))
+                setattr(metric, state, saved.to(getattr(metric, state), copy=True))  # sums grow in place
             metric._update_count = self.done[name]  # which places the resamples, too
         return self.done[name]
 

@@ -44,10 +44,21 @@ def test_several_samples_of_one_text_are_numbered(tmp_path: Path, capsys: pytest
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".json"] == []
 
 
+def test_tables_of_tasks_are_named_by_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, task = written(tmp_path / "a.json", ONE), written(tmp_path / "b.json", OTHER)
+    task.write_text(task.read_text().replace('"text": "xsum"', '"task": "folder/mmlu.csv"'))
+    assert run("compare", text, task) == 0
+    assert f"mmlu: {task}, folder/mmlu.csv, 7 tokens" in capsys.readouterr().out
+
+
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
     one = written(tmp_path / "a.json", ONE)
     assert "two tables or more" in refusal("compare", one)
     assert "named twice" in refusal("compare", one, one)
+    assert "named twice" in refusal("compare", one, f"{tmp_path}/../{tmp_path.name}/a.json")
+    damaged = written(tmp_path / "n.json", ONE)
+    damaged.write_text(damaged.read_text().replace("9.0", "NaN"))
+    assert "The cosine influence of block.5 is nan" in refusal("compare", one, damaged)
     assert "Cannot read an influence table" in refusal("compare", one, tmp_path / "none.json")
     assert "for another model" in refusal("compare", one, written(tmp_path / "m.json", ONE, model="gpt2"))
     said = refusal("compare", one, written(tmp_path / "o.json", ONE, metric="l2"))

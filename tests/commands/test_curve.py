@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from depthprune.loading import load
 from tests import brute_force
 from tests.brute_force import NOTHING
 from tests.command_line import LENGTH, Workshop, refusal, run
+from tests.killing import killed_at_first_save
 
 METRICS = ("cosine", "reverse_order")
 
@@ -66,9 +68,21 @@ def test_losses_are_those_of_models_made_by_hand(
     assert "Next: depthprune prune --model" in capsys.readouterr().out
 
 
+def test_a_stopped_run_of_another_sequence_length_is_not_gone_on_with(
+    workshop: Workshop, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--remove", '{"block": [1]}', "--save_every", 1]
+    assert killed_at_first_save(lambda: run(*command(workshop, table, tmp_path, *few))) == -signal.SIGKILL
+    assert run(*command(workshop, table, tmp_path, *few, "--sequence_length", LENGTH // 2, "--sequences", 12)) == 0
+    assert "Going on" not in capsys.readouterr().out  # though the tokens are the same
+
+
 def test_what_cannot_be_drawn(workshop: Workshop, table: Path, tmp_path: Path) -> None:
     assert "Unknown metric (of this table) 'taylor'" in refusal(
         *command(workshop, table, tmp_path, "--metrics", "[taylor]")
     )
     assert "Cannot remove 7 of 6" in refusal(*command(workshop, table, tmp_path, "--remove", '{"block": [7]}'))
-    assert "scores none of the kinds" in refusal(*command(workshop, table, tmp_path, "--remove", '{"blok": [1]}'))
+    said = refusal(*command(workshop, table, tmp_path, "--remove", '{"block": [1], "blok": [1]}'))
+    assert "Unknown kind of site 'blok'" in said
+    assert "nothing to remove" in refusal(*command(workshop, table, tmp_path, "--remove", '{"block": []}'))
+    assert "nothing to remove" in refusal(*command(workshop, table, tmp_path, "--metrics", "[]"))

@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
 from tests import brute_force
 from tests.command_line import LENGTH, Workshop, files_under, refusal, run
+from tests.killing import killed_at_first_save
 from tests.tiny_models import BLOCKS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -93,6 +95,42 @@ def test_metrics_of_one_kind_of_site_and_the_command_that_uses_them(
     assert [row["site"] for row in rows if row["angular"]] == list(table["angular"])
 
 
+def test_metrics_that_share_no_kind_of_site_need_no_agreement(workshop: Workshop, tmp_path: Path) -> None:
+    assert (
+        run(*command(workshop, tmp_path, "--metrics", "[angular,attention_sink]", "--kinds", "[block,attention]")) == 0
+    )
+    assert (tmp_path / "influence.png").exists()
+    assert not (tmp_path / "agreement.png").exists()
+
+
+def test_names_that_are_given_twice_count_once(workshop: Workshop, tmp_path: Path) -> None:
+    assert run(*command(workshop, tmp_path, "--metrics", "[l2,l2,angular]", "--kinds", "[block,block]")) == 0
+    table = InfluenceTable.load(tmp_path / "influence.json")
+    assert table.metrics == ("l2", "angular")
+    assert len(table.sites) == BLOCKS
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (["--metrics", "[angular]"], ["--metrics", "[angular]", "--run_length", 2]),
+        ([], ["--attn_implementation", "eager"]),
+    ],
+)
+def test_other_settings_start_anew(
+    workshop: Workshop, tmp_path: Path, before: list[object], after: list[object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        killed_at_first_save(lambda: run(*command(workshop, tmp_path / "stopped", "--save_every", 1, *before)))
+        == -signal.SIGKILL
+    )
+    for name in ("stopped", "whole"):
+        assert run(*command(workshop, tmp_path / name, "--save_every", 1, *after)) == 0
+    assert "Going on" not in capsys.readouterr().out
+    stopped_table, whole = (InfluenceTable.load(tmp_path / name / "influence.json") for name in ("stopped", "whole"))
+    assert stopped_table.values == whole.values
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -100,6 +138,11 @@ def test_metrics_of_one_kind_of_site_and_the_command_that_uses_them(
         (["--kinds", "[blok]"], "Unknown kind of site 'blok'. Did you mean 'block'?"),
         (["--metrics", "[attention_sink]", "--kinds", "[mlp]"], "attention_sink scores attentions alone"),
         (["--metrics", "[angular]", "--run_length", 9], "no run of 9 whole blocks"),
+        (["--metrics", "[shapley_loss]", "--sampling.target_error", ".inf"], "choose one over 0"),
+        (
+            ["--metrics", "[subnetwork_loss]", "--kinds", "[block]", "--sampling.present", 0.01],
+            "raise sampling.samples",
+        ),
         (["--denominator", "inptu"], "Unknown denominator 'inptu'. Did you mean 'input'?"),
         (["--model", "smollm2-135m"], "Did you mean 'smollm2-135m-instruct-q4'?"),
         (["--text.path", "pubmed"], "Did you mean 'pubmedqa'?"),
@@ -149,3 +192,8 @@ def test_a_full_disk_keeps_earlier_results(workshop: Workshop, tmp_path: Path, m
     assert f"Cannot write {tmp_path / 'influence.json'}: No space left on device. Free some space" in sentence
     assert {path: path.read_bytes() for path in files_under(tmp_path)} == before
     assert json.loads((tmp_path / "influence.json").read_text())["provenance"]["tokens"] == 6 * LENGTH
+
+
+def test_no_question_at_all_is_refused(workshop: Workshop, tmp_path: Path) -> None:
+    start = ["influence", "--model", workshop.model, "--output", tmp_path, "--task.path", "openbookqa"]
+    assert "limit of the task openbookqa is 0" in refusal(*start, "--task.limit", 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import combinations
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -326,4 +326,8 @@ def test_rounds_that_make_no_sense() -> None:
         with pytest.raises(ValueError, match="which adaptive metrics alone look at"):
             estimate_influence(tiny_model(), calibration(), metrics, rounds=rounds)
     with pytest.raises(ValueError, match="there are 6 block sites: choose 5 or less"):
-        estimate_influence(tiny_model(), calibration(), LEAVE_ONE_OUT, ["block"], rounds=6)
+        estimate_influence(tiny_model(), calibration(), ["cosine", *LEAVE_ONE_OUT], ["block"], rounds=6, watch=no_pass)
+
+
+def no_pass(*_: object) -> NoReturn:
+    pytest.fail("a pass was started before the refusal")

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from depthprune.influence.choice_costs import refuse_chance
 from depthprune.influence.estimate import estimate_influence
 from depthprune.influence.registry import DEFAULT_METRICS
+from tests.influence.test_choice_costs import questions
 from tests.tiny_models import calibration, tiny_model
 
 METRICS = [*DEFAULT_METRICS, "angular", "attention_sink", "attention_entropy", "taylor", "fisher", "cca_bound"]
@@ -22,6 +24,10 @@ def share(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     batches = calibration()[:1] if rank == 0 else calibration()[1:]
+    try:
+        refuse_chance(tiny_model(), questions()[: rank + 1])
+    except ValueError as error:
+        Path(folder, f"{rank}.txt").write_text(str(error))
     table = estimate_influence(tiny_model("qwen2"), batches, METRICS, leave_out_massive=False)
     means = {str(site): mean.tolist() for site, mean in table.mean_updates.items()}
     content = {"values": table.to_dict()["values"], "means": means, "tokens": table.provenance["tokens"]}
@@ -34,7 +40,8 @@ def shares(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("pooling")
     mp.spawn(share, args=(str(folder),), nprocs=2)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    files = [folder / f"{rank}.json" for rank in range(2)]
+    return [{**json.loads(file.read_text()), "refusal": file.with_suffix(".txt").read_text()} for file in files]
 
 
 def test_two_processes_pool_their_sums(shares: list[dict]) -> None:
@@ -48,3 +55,7 @@ def test_two_processes_pool_their_sums(shares: list[dict]) -> None:
 
 def test_the_table_counts_the_tokens_of_all_processes(shares: list[dict]) -> None:
     assert [found["tokens"] for found in shares] == [30 + 18 + 44] * 2
+
+
+def test_all_processes_judge_by_all_questions(shares: list[dict]) -> None:
+    assert all("of 9 questions" in found["refusal"] for found in shares)

@@ -32,9 +32,11 @@ def compare(tables: Sequence[str], output: str | None = None, first: Sequence[in
         raise ValueError("Name two tables or more: depthprune compare a.json b.json.")
     if any(count < 1 for count in first):
         raise ValueError(f"first is {list(first)}: give numbers of sites from 1.")
-    loaded = {name: InfluenceTable.load(name) for name in dict.fromkeys(tables)}
-    if len(loaded) < 2:
-        raise ValueError(f"{tables[0]} is named twice: name different tables.")
+    if len({Path(name).resolve() for name in tables}) < len(tables):
+        raise ValueError(f"One of {', '.join(tables)} is named twice: name different tables.")
+    loaded = {name: InfluenceTable.load(name) for name in tables}
+    for table in loaded.values():
+        table.check_finite()
     one, *others = loaded.values()
     for other in others:
         other.fingerprint.check(one.fingerprint)
@@ -44,8 +46,7 @@ def compare(tables: Sequence[str], output: str | None = None, first: Sequence[in
         held = "; ".join(f"{name} holds {', '.join(table.metrics)}" for name, table in loaded.items())
         raise ValueError(f"The tables share no metric of the same sites ({held}): score the same metrics.")
     for title, (name, table) in zip(titles, loaded.items(), strict=True):
-        about = table.provenance
-        print(f"{title}: {name}, {about.get('text', 'unknown text')}, {about.get('tokens', '?')} tokens")
+        print(f"{title}: {name}, {_material(table, 'unknown text')}, {table.provenance.get('tokens', '?')} tokens")
     Console().print(_shown(rows, first))
     if output is not None:
         folder = make_folder(output)
@@ -55,12 +56,17 @@ def compare(tables: Sequence[str], output: str | None = None, first: Sequence[in
 
 
 def _titles(tables: dict[str, InfluenceTable]) -> list[str]:
-    """A short name for each table: its text, numbered where several have the same."""
-    texts = [Path(str(table.provenance.get("text", name))).stem for name, table in tables.items()]
+    """A short name for each table: its text or task, numbered where several have the same."""
+    texts = [Path(_material(table, name)).stem for name, table in tables.items()]
     return [
         text if texts.count(text) == 1 else f"{text} #{texts[: place + 1].count(text)}"
         for place, text in enumerate(texts)
     ]
+
+
+def _material(table: InfluenceTable, otherwise: str) -> str:
+    """The text or the task that a table was made on."""
+    return str(table.provenance.get("text") or table.provenance.get("task") or otherwise)
 
 
 def _rows(tables: dict[str, InfluenceTable], first: Sequence[int]) -> Iterator[dict[str, Any]]:

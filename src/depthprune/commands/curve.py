@@ -85,6 +85,7 @@ def curve(
         settings = {
             "weights": unpruned_fingerprint(causal_lm).weights,
             "tokens": batches.fingerprint,
+            "sequence_length": sequence_length,
             "batch_size": batch_size,
             "dtype": str(causal_lm.dtype),
             "variants": sorted({" ".join(map(str, sorted(plan))) for plan in plans.values()}),

@@ -24,6 +24,7 @@ from depthprune.families import unpruned_fingerprint
 from depthprune.figures import write_figure
 from depthprune.files import make_folder, only_writer
 from depthprune.influence.ablation import Sampling
+from depthprune.influence.agreement import agreement
 from depthprune.influence.estimate import estimate_influence
 from depthprune.influence.figures import agreement_figure, influence_figure
 from depthprune.influence.registry import DEFAULT_METRICS
@@ -109,7 +110,7 @@ def influence(
             about |= {"text": text.path, "role": "score", "bos": data.spec.bos is not None}
         else:
             assert task is not None
-            asked = replace(task, limit=task.limit or sequences)
+            asked = replace(task, limit=sequences if task.limit is None else task.limit)
             loader = open_choices(asked, tokenizer, sequence_length, batch_size, sampling.seed)
             about |= {"task": task.path, "split": task.split, "shots": task.shots, "questions": len(loader.questions)}
         settings = {
@@ -118,11 +119,13 @@ def influence(
             **{
                 "leave_out_massive": leave_out_massive,
                 "batch_size": batch_size,
+                "run_length": run_length,
                 "rounds": rounds,
                 "tokens": loader.fingerprint,
             },
             "weights": unpruned_fingerprint(causal_lm).weights,
             "dtype": str(causal_lm.dtype),
+            "attention": causal_lm.config._attn_implementation,
         }
         saved = SavedSums(folder / "progress.safetensors", settings, save_every)
         if saved.done and fabric.is_global_zero:
@@ -166,7 +169,7 @@ def write_influence(table: InfluenceTable, folder: Path) -> None:
     table.to_json(folder / "influence.json")
     table.to_csv(folder / "influence.csv")
     figures = {"influence by depth": ("influence.png", influence_figure(table))}
-    if len(table.metrics) > 1:
+    if any(len(agreement(table, kind)) > 1 for kind in KINDS):
         figures["agreement of metrics"] = ("agreement.png", agreement_figure(table))
     logger = TensorBoardLogger(folder, name="tensorboard", version="")
     writer: Any = logger.experiment

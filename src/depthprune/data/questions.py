@@ -194,7 +194,7 @@ def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
             if line.strip():
                 try:
                     yield number, json.loads(line)
-                except json.JSONDecodeError:
+                except ValueError:  # also of a number with too many digits
                     yield number, None
 
 

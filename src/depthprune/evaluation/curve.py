@@ -11,7 +11,9 @@ from depthprune.data.batches import Batches
 from depthprune.evaluation.domains import DocumentLoss, DomainLoss
 from depthprune.head import Batch, evaluating, input_device, on_device, token_losses
 from depthprune.influence.table import InfluenceTable
+from depthprune.names import unknown_name
 from depthprune.saved_sums import SavedSums
+from depthprune.sites import KINDS
 from depthprune.variants import Absent, record, run_variants, switchable
 
 UNPRUNED: Absent = frozenset()
@@ -29,8 +31,13 @@ def first_sites(
         kinds: kind of site to the numbers of sites that go.
 
     Raises:
-        ValueError: an unknown metric, or more sites than there are.
+        ValueError: an unknown metric or kind, no number or metric at all, or more sites than there are.
     """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise unknown_name("kind of site", kind, KINDS)
+    if not metrics or not any(kinds.values()):
+        raise ValueError("There is nothing to remove: name a metric and a number of sites, such as {block: [3, 6]}.")
     found: dict[tuple[str, str, int], Absent] = {}
     for metric in metrics:
         for kind, counts in kinds.items():

@@ -7,6 +7,7 @@ batch (see :mod:`depthprune.variants`).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class Sampling:
             raise ValueError(f"sampling.positions is {self.positions}: choose a share over 0 and up to 1.")
         if not 0 < self.present < 1:
             raise ValueError(f"sampling.present is {self.present}: choose a share over 0 and under 1.")
-        if self.target_error is not None and not self.target_error > 0:
+        if self.target_error is not None and not 0 < self.target_error < math.inf:
             raise ValueError(f"sampling.target_error is {self.target_error}: choose one over 0, or leave it out.")
 
 

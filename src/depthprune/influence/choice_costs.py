@@ -8,9 +8,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torchmetrics.utilities.distributed import gather_all_tensors
 from transformers import PreTrainedModel
 
-from depthprune.head import Batch, evaluating, hidden_states, logits_of, on_device
+from depthprune.data.batches import world_and_rank
+from depthprune.head import Batch, evaluating, hidden_states, input_device, logits_of, on_device
 from depthprune.influence.costs import Cost
 from depthprune.influence.distance import LogitDistance
 
@@ -75,20 +77,23 @@ def refuse_chance(model: PreTrainedModel, batches: Iterable[Batch]) -> None:
     Raises:
         ValueError: its accuracy is within 3 standard errors of chance, so that the cost would rank noise.
     """
-    right, chance = [], []
+    sums = torch.zeros(3, dtype=torch.float64)  # right answers, right ones of a guesser, questions
     with evaluating(model):
         for batch in on_device(batches, model):
             letters = letter_logits(model, batch, hidden_states(model, batch))
-            right += (letters.argmax(1) == batch["gold"]).tolist()
-            chance += (1 / (batch["letters"] >= 0).sum(1)).tolist()
-    if not right:
+            right, guessed = letters.argmax(1) == batch["gold"], 1 / (batch["letters"] >= 0).sum(1)
+            sums += torch.tensor([right.sum(), guessed.sum(), len(right)], dtype=sums.dtype)
+    if world_and_rank()[0] > 1:
+        sums = torch.stack(gather_all_tensors(sums.to(input_device(model)))).sum(0).cpu()
+    questions = int(sums[2])
+    if not questions:
         return
-    accuracy, guessed = sum(right) / len(right), sum(chance) / len(chance)
-    error = math.sqrt(max(accuracy * (1 - accuracy), 1 / len(right)) / len(right))
-    if abs(accuracy - guessed) <= FAR * error:
+    accuracy, chance = (sums[:2] / questions).tolist()
+    error = math.sqrt(max(accuracy * (1 - accuracy), 1 / questions) / questions)
+    if abs(accuracy - chance) <= FAR * error:
         raise ValueError(
-            f"The unpruned model answers {accuracy:.3f} of {len(right)} questions, within {FAR:g} standard errors "
-            f"({error:.3f}) of chance ({guessed:.3f}): zero_one would rank noise. Use loss or likelihood, an easier "
+            f"The unpruned model answers {accuracy:.3f} of {questions} questions, within {FAR:g} standard errors "
+            f"({error:.3f}) of chance ({chance:.3f}): zero_one would rank noise. Use loss or likelihood, an easier "
             "task, or more questions."
         )
 

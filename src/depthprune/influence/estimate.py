@@ -22,7 +22,7 @@ from depthprune.influence.cca_bound import run_cca_bound, site_groups
 from depthprune.influence.choice_costs import CHOICE_COSTS, is_question, refuse_chance
 from depthprune.influence.clusters import ClusterTotals, Ratio, mean
 from depthprune.influence.gradient import GRADIENT_METRICS, GradientInfluence, run_gradient
-from depthprune.influence.iterative import iterative_places
+from depthprune.influence.iterative import check_rounds, iterative_places
 from depthprune.influence.registry import DEFAULT_METRICS, METRICS
 from depthprune.influence.static import STATIC_METRICS, StaticInfluence
 from depthprune.influence.table import InfluenceTable
@@ -77,7 +77,7 @@ def estimate_influence(
         ValueError: an unknown metric, kind or denominator, kinds that a metric does not score, a run length that does
             not fit, no token at all, or a sampled metric that never drew some site.
     """
-    metrics, kinds = ((names,) if isinstance(names, str) else tuple(names) for names in (metrics, kinds))
+    metrics, kinds = ((names,) if isinstance(names, str) else tuple(dict.fromkeys(names)) for names in (metrics, kinds))
     _check_names(metrics, kinds, run_length)
     if rounds < 0 or (rounds and not any(metric in ABLATION_METRICS for metric in metrics)):
         raise ValueError(f"rounds is {rounds}, which adaptive metrics alone look at: name one, and 0 or more rounds.")
@@ -92,6 +92,10 @@ def estimate_influence(
     passes = one_pass + bool(gradient) + bool(attention) + len(groups) + bool(adaptive) + rounds
     text = _Text(model, batches, passes, watch, saved)
     found = _Findings()
+    if adaptive:  # what is refused is refused before the first pass
+        ablation = AblationInfluence(model, sites, adaptive, sampling, resamples=RESAMPLES)
+        check_rounds(sites, rounds)
+        _check_questions(model, text, adaptive)
     for metric in metrics:
         if metric in BASELINES:
             found.values[metric] = {site: BASELINES[metric](anatomy, site, seed) for site in sites}
@@ -110,10 +114,7 @@ def estimate_influence(
     for number, group in enumerate(groups, 1):
         values = run_cca_bound(model, text.read(f"CCA bound, {number} of {len(groups)}"), group)
         found.values["cca_bound"] = found.values.get("cca_bound", {}) | values
-    if any(ABLATION_METRICS[metric][1] in CHOICE_COSTS for metric in adaptive):
-        _check_questions(model, text, adaptive)
     if adaptive:
-        ablation = AblationInfluence(model, sites, adaptive, sampling, resamples=RESAMPLES)
         run_ablation(ablation, text.read("Adaptive metrics", ablation.sums))
         found.sums |= {
             metric: (sites, sums.whole(), DESIGNS[ABLATION_METRICS[metric][0]])
@@ -201,6 +202,8 @@ class _Findings:
 
 def _check_questions(model: PreTrainedModel, text: _Text, metrics: Sequence[str]) -> None:
     """Refuse costs of questions on text, and counted answers of a model that guesses."""
+    if not any(ABLATION_METRICS[metric][1] in CHOICE_COSTS for metric in metrics):
+        return
     batches = text.batches if isinstance(text.batches, Sized) else list(text.batches)
     text.batches = batches
     for metric in metrics:
@@ -268,8 +271,13 @@ def _table(
     for metric, (sites, totals, ratio) in found.sums.items():
         column, deviations = totals.estimates(ratio)
         if metric in ABLATION_METRICS and not column.isfinite().all():
-            site = sites[int((~column.isfinite()).nonzero()[0])]
-            raise ValueError(f"The {metric} influence of {site} is {column[sites.index(site)]}: check model and text.")
+            row = int((~column.isfinite()).nonzero()[0])
+            if not totals.totals[row, 1::2].all():  # the counts
+                raise ValueError(
+                    f"{metric} drew no subset with, or none without, {sites[row]}: raise sampling.samples, or take "
+                    "more batches."
+                )
+            raise ValueError(f"The {metric} influence of {sites[row]} is {column[row]}: check model and text.")
         values[metric] = _by_site(sites, column)
         if deviations.isfinite().all():
             errors[metric] = _by_site(sites, deviations)

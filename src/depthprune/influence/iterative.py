@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from transformers import PreTrainedModel
@@ -10,6 +11,17 @@ from depthprune.head import Batch
 from depthprune.influence.ablation import AblationInfluence, Sampling, run_ablation
 from depthprune.influence.coalitions import Coalition
 from depthprune.sites import Site
+
+
+def check_rounds(sites: Sequence[Site], rounds: int) -> None:
+    """Check that every round has something to choose from.
+
+    Raises:
+        ValueError: fewer than two sites of a kind would be left in the last round.
+    """
+    for kind, count in Counter(site.kind for site in sites).items():
+        if rounds > count - 1:
+            raise ValueError(f"rounds is {rounds}, and there are {count} {kind} sites: choose {count - 1} or less.")
 
 
 def iterative_places(
@@ -30,22 +42,15 @@ def iterative_places(
         read: gives the batches once more, for a label.
         sites: the sites.
         metric: an adaptive metric.
-        rounds: how many sites of each kind go one by one.
+        rounds: how many sites of each kind go one by one (see :func:`check_rounds`).
         sampling: what the metric draws.
 
     Returns:
         Places from 0, of a site that goes first; higher means keep.
-
-    Raises:
-        ValueError: fewer than two sites of a kind would be left to choose from in the last round.
     """
     found: dict[Site, float] = {}
     for kind in dict.fromkeys(site.kind for site in sites):
         game = [site for site in sites if site.kind == kind]
-        if rounds > len(game) - 1:
-            raise ValueError(
-                f"rounds is {rounds}, and there are {len(game)} {kind} sites: choose {len(game) - 1} or less."
-            )
         order: list[Site] = []
         gone: Coalition = frozenset()
         for number in range(rounds):

@@ -177,9 +177,17 @@ class InfluenceTable:
         Raises:
             ValueError: a value is not finite.
         """
+        self.check_finite()
+        write_json(path, self.to_dict())
+
+    def check_finite(self) -> None:
+        """Check every value.
+
+        Raises:
+            ValueError: one is not finite.
+        """
         for metric, column in self.values.items():
             _check_finite(metric, column)
-        write_json(path, self.to_dict())
 
     @classmethod
     def from_dict(cls, data: Any, origin: str = "the table") -> InfluenceTable:
@@ -205,8 +213,11 @@ class InfluenceTable:
                 for metric, column in data.get("errors", {}).items()
             }
             steady = {metric: dict(kinds) for metric, kinds in data.get("stability", {}).items()}
-            return cls(values, fingerprint, dict(data["provenance"]), errors=errors, stability=steady)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            provenance = dict(data["provenance"])
+            if type(provenance.get("run_length", 1)) is not int:
+                raise ValueError(f"its run_length is {provenance['run_length']!r}")
+            return cls(values, fingerprint, provenance, errors=errors, stability=steady)
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(f"{origin} is a damaged influence table ({error!r}): make it anew.") from error
 
     @classmethod
