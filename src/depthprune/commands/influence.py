@@ -115,14 +115,15 @@ def influence(
             about |= {"task": task.path, "split": task.split, "shots": task.shots, "questions": len(loader.questions)}
         settings = {
             **about,
-            **{"metrics": list(metrics), "kinds": list(kinds), "denominator": denominator, "sampling": vars(sampling)},
-            **{
-                "leave_out_massive": leave_out_massive,
-                "batch_size": batch_size,
-                "run_length": run_length,
-                "rounds": rounds,
-                "tokens": loader.fingerprint,
-            },
+            "metrics": list(metrics),
+            "kinds": list(kinds),
+            "denominator": denominator,
+            "sampling": vars(sampling),
+            "leave_out_massive": leave_out_massive,
+            "batch_size": batch_size,
+            "run_length": run_length,
+            "rounds": rounds,
+            "tokens": loader.fingerprint,
             "weights": unpruned_fingerprint(causal_lm).weights,
             "dtype": str(causal_lm.dtype),
             "attention": causal_lm.config._attn_implementation,
