@@ -80,6 +80,7 @@ def fit_settings(workshop: Workshop, folder: Path, dropout: float = 0.2, workers
             "plan": workshop.plan,
             "replacement": "low_rank_adapter",
             "options": {"rank": 4, "dropout": dropout},
+            "fitting": None,  # so that the start is the emulated update
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.02, "weight_decay": 0.0}},
             "scheduler": {
                 "class_path": "torch.optim.lr_scheduler.CosineAnnealingLR",

@@ -30,19 +30,23 @@ REPLACEMENTS: dict[str, dict[str, Any]] = {
 }
 
 
+AdapterMap = tuple[Tensor, Tensor, Tensor, Tensor]
+"""A ``(r, D)``, B ``(D, r)``, the mean read and the constant ``(D,)`` of an adapter."""
+
+
 def make_plan(sites: str, replacement: str) -> PruningPlan:
     """One of the plans above."""
     return PruningPlan.of(*SITES[sites], replacement=replacement, **REPLACEMENTS[replacement])
 
 
 def updates_by_hand(
-    names: tuple[str, ...], replacement: str, means: Mapping[str, Tensor], maps: Mapping[str, tuple[Tensor, Tensor]]
+    names: tuple[str, ...], replacement: str, means: Mapping[str, Tensor], maps: Mapping[str, AdapterMap]
 ) -> dict[str, Update]:
-    """What stands in each site, from mean updates computed by hand and each adapter's A ``(r, D)`` and B ``(D, r)``."""
+    """What stands in each site, from mean updates computed by hand and each adapter's weights."""
 
     def adapter(name: str) -> Update:
-        down, up = maps[name]
-        return lambda read: means[name].float() + 6.0 / 4 * functional.linear(functional.linear(read, down), up)
+        down, up, centre, constant = maps[name]
+        return lambda read: constant + 6.0 / 4 * functional.linear(functional.linear(read - centre, down), up)
 
     if replacement == "none":
         return dict.fromkeys(names, NOTHING)
@@ -51,20 +55,22 @@ def updates_by_hand(
     return {name: adapter(name) for name in names}
 
 
-def adapter_maps(model: PreTrainedModel, plan: PruningPlan) -> dict[str, tuple[Tensor, Tensor]]:
-    """A copy of A and B of each adapter of a model with slots, by site; nothing where the plan has no adapters."""
+def adapter_maps(model: PreTrainedModel, plan: PruningPlan) -> dict[str, AdapterMap]:
+    """A copy of each adapter's weights, by site; nothing where the plan has no adapters."""
     if any(removal.replacement != "low_rank_adapter" for removal in plan.removals):
         return {}
     found = {}
     for site, slot in site_slots(model, plan).items():
         assert isinstance(slot.replacement, LowRankAdapter)
-        weights = slot.replacement.down.weight, slot.replacement.up.weight
-        found[str(site)] = (weights[0].detach().clone(), weights[1].detach().clone())
+        adapter = slot.replacement
+        weights = adapter.down.weight, adapter.up.weight, adapter.read_mean, adapter.constant
+        down, up, centre, constant = (weight.detach().clone() for weight in weights)
+        found[str(site)] = (down, up, centre, constant)
     return found
 
 
 def reference_for(
-    original: PreTrainedModel, sites: str, replacement: str, maps: Mapping[str, tuple[Tensor, Tensor]], batches: Any
+    original: PreTrainedModel, sites: str, replacement: str, maps: Mapping[str, AdapterMap], batches: Any
 ) -> PreTrainedModel:
     """The reference model of one of the plans above."""
     means = brute_force.mean_updates(original, batches)

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 import depthprune as dp
 from depthprune import cli
+from depthprune.anatomy import Anatomy
 from depthprune.commands import catalogue
-from depthprune.families import Anatomy
 from tests.brute_force import plain_logits
 from tests.command_line import STEPS, Workshop, fit_settings, read_checkpoint, refusal, run, write_config
 from tests.tiny_models import tiny_batch, tiny_model

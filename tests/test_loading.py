@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from depthprune import loading, surgery
-from depthprune.families import Anatomy, unpruned_fingerprint
+from depthprune.anatomy import Anatomy, unpruned_fingerprint
 from depthprune.loading import load, save
 from depthprune.pruning import prune, swapped
 from depthprune.sites import PruningPlan, Removal, Site

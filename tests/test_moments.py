@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from depthprune.families import Anatomy
+from depthprune.anatomy import Anatomy
 from depthprune.moments import MeanUpdates, Observation, mean_updates, observed, run_observed
 from depthprune.pruning import prune
 from depthprune.sites import KINDS, PruningPlan, Site

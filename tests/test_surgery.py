@@ -12,7 +12,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import DynamicCache, PreTrainedModel
 
 from depthprune import surgery
-from depthprune.families import Anatomy
+from depthprune.anatomy import Anatomy
 from depthprune.pruning import prune, swapped
 from depthprune.sites import PruningPlan, Removal, Site
 from tests import plans

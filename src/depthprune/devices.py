@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
-from depthprune.families import Anatomy
+from depthprune.anatomy import Anatomy
 
 
 def start_fabric(accelerator: str, devices: int = 1, strategy: str = "auto") -> Fabric:

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from depthprune import embedded
-from depthprune.families import check_supported, family_of, pruning_record, refuse_quantised
+from depthprune.anatomy import pruning_record
+from depthprune.families import check_supported, family_of, refuse_quantised
 from depthprune.files import check_new_folder, whole_folder, write_json
 from depthprune.names import unknown_name
 from depthprune.removal import check_record, restore_structure

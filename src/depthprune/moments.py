@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from depthprune.families import Anatomy
+from depthprune.anatomy import Anatomy
 from depthprune.head import Batch, evaluating, hidden_states, input_device, on_device
 from depthprune.sites import KINDS, Site
 from depthprune.surgery import Slot

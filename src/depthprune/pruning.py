@@ -9,7 +9,8 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from depthprune.head import Batch
-from depthprune.recovery.closed_form import calibrate_on, sites_to_measure
+from depthprune.recovery.closed_form import calibrate_on
+from depthprune.recovery.fitting import Fitting
 from depthprune.removal import remove_for_good
 from depthprune.sites import PruningPlan
 from depthprune.surgery import install_slots, remove_slots
@@ -17,7 +18,10 @@ from depthprune.surgery import install_slots, remove_slots
 
 @contextmanager
 def swapped(
-    model: PreTrainedModel, plan: PruningPlan | str | Path, batches: Iterable[Batch] | None = None
+    model: PreTrainedModel,
+    plan: PruningPlan | str | Path,
+    batches: Iterable[Batch] | None = None,
+    fitting: Fitting | None = Fitting(),  # noqa: B008 -- frozen
 ) -> Iterator[PreTrainedModel]:
     """Prune a model for the length of a block; afterwards, also after an exception, it is what it was, bit for bit.
 
@@ -25,6 +29,7 @@ def swapped(
         model: the model.
         plan: what to remove and what stands there, also as the path of its file.
         batches: text to calibrate the replacements on; needed if the plan has any.
+        fitting: how maps are fitted to the text; None lets them start from the mean update.
 
     Raises:
         ValueError: the plan does not fit the model, or batches are needed and missing.
@@ -32,14 +37,17 @@ def swapped(
     plan = _opened(plan)
     install_slots(model, plan)
     try:
-        _calibrate(model, plan, batches)
+        _calibrate(model, plan, batches, fitting)
         yield model
     finally:
         remove_slots(model)
 
 
 def prune(
-    model: PreTrainedModel, plan: PruningPlan | str | Path, batches: Iterable[Batch] | None = None
+    model: PreTrainedModel,
+    plan: PruningPlan | str | Path,
+    batches: Iterable[Batch] | None = None,
+    fitting: Fitting | None = Fitting(),  # noqa: B008 -- frozen
 ) -> PreTrainedModel:
     """Prune a model for good, in place.
 
@@ -47,6 +55,7 @@ def prune(
         model: the model; its removed parts are dropped from it.
         plan: what to remove and what stands there, also as the path of its file.
         batches: text to calibrate the replacements on; needed if the plan has any.
+        fitting: how maps are fitted to the text; None lets them start from the mean update.
 
     Returns:
         The same model.
@@ -57,7 +66,7 @@ def prune(
     plan = _opened(plan)
     install_slots(model, plan)
     try:
-        _calibrate(model, plan, batches)
+        _calibrate(model, plan, batches, fitting)
     except BaseException:
         remove_slots(model)
         raise
@@ -73,8 +82,10 @@ def _opened(plan: PruningPlan | str | Path) -> PruningPlan:
     return plan
 
 
-def _calibrate(model: PreTrainedModel, plan: PruningPlan, batches: Iterable[Batch] | None) -> None:
+def _calibrate(
+    model: PreTrainedModel, plan: PruningPlan, batches: Iterable[Batch] | None, fitting: Fitting | None
+) -> None:
     if batches is not None:
-        calibrate_on(model, plan, [batches] if isinstance(batches, Mapping) else batches)
-    elif sites_to_measure(model, plan):
+        calibrate_on(model, plan, [batches] if isinstance(batches, Mapping) else batches, fitting=fitting)
+    elif any(removal.replacement != "none" for removal in plan.removals):
         raise ValueError("The plan's replacements must be calibrated: give batches of text.")

@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from depthprune.families import Anatomy, pruning_record, renumber, unpruned_fingerprint
+from depthprune.anatomy import Anatomy, pruning_record, unpruned_fingerprint
+from depthprune.families import renumber
 from depthprune.replacements import build_replacement
 from depthprune.sites import PruningPlan
-from depthprune.surgery import Slot, guard_saving, make_slots, open_slots
+from depthprune.surgery import Slot, guard_saving, keep_solved_layers, make_slots, open_slots
 
 
 def remove_for_good(model: PreTrainedModel, plan: PruningPlan) -> None:
@@ -20,7 +21,7 @@ def remove_for_good(model: PreTrainedModel, plan: PruningPlan) -> None:
 
     Whole blocks without a replacement leave the list of blocks, everything that depends on depth is renumbered, and
     if nothing but such blocks went, the model is a plain one. Other slots are hollowed. The model's config gets a
-    record of what went (see :func:`depthprune.families.pruning_record`).
+    record of what went (see :func:`depthprune.anatomy.pruning_record`).
     """
     _own_config(model)
     anatomy = Anatomy.of(model)
@@ -28,6 +29,7 @@ def remove_for_good(model: PreTrainedModel, plan: PruningPlan) -> None:
     record = pruning_record(model)
     done = PruningPlan.from_dict(record["plan"]) if record else PruningPlan(())
     whole = done.followed_by(plan) if record else plan
+    keep_solved_layers(model)
     for slot in open_slots(model).values():
         assert isinstance(slot, nn.Module)
         _hollow(slot)
@@ -97,7 +99,7 @@ def _kept_blocks(plan: PruningPlan, block_count: int) -> Iterator[int]:
         site.index
         for removal in plan.removals
         for site in removal.sites
-        if site.kind == "block" and (removal.replacement == "none" or site != removal.sites[0])
+        if site.kind == "block" and (removal.is_bare or site != removal.sites[0])
     }
     return (index for index in range(block_count) if index not in gone)
 

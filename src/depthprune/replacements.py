@@ -1,7 +1,8 @@
 """The modules that stand in a removed site: ``forward(read (B, T, D)) -> update (B, T, D)``.
 
 Every replacement starts from the mean update of what was removed ("emulated update", arXiv 2407.16286, section 3.3)
-and keeps it as a buffer, so that the constant can always be compared with what training made of it.
+and keeps it as a buffer, so that the constant can always be compared with what training made of it. Maps are
+centred on the mean read, so that a map of zero is a constant too.
 """
 
 from __future__ import annotations
@@ -12,11 +13,27 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import functional
 
 from depthprune.names import unknown_name
 
 LARGEST = 1e6  # of any option
-SOURCES = ("own", "next_kept", "mean_later")
+SOURCES = ("own", "sequential", "next_kept", "mean_later")
+
+
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Put a value into a parameter, which may be spread over processes."""
+    with torch.no_grad():
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value.to(parameter), parameter.device_mesh, parameter.placements)
+        parameter.copy_(value)
+
+
+def add(parameter: Tensor, value: Tensor) -> None:
+    """Add a value to a parameter, which may be spread over processes."""
+    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    assign(parameter, whole.detach() + value.to(whole))
 
 
 class Replacement(nn.Module):
@@ -43,6 +60,36 @@ class Replacement(nn.Module):
     def calibrate(self, mean: Tensor) -> None:
         """Start from a mean update, shape ``(D,)``."""
         self.mean.copy_(mean)
+
+
+class MapReplacement(Replacement):
+    """Base of replacements that map the read, centred on its mean.
+
+    Attributes:
+        read_mean: the mean read, shape ``(D,)``, fp32; zero until a map is solved.
+    """
+
+    read_mean: Tensor
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size)
+        self.register_buffer("read_mean", torch.zeros(hidden_size, dtype=torch.float32))
+
+    @property
+    def solved_rank(self) -> int | None:
+        """The rank that a map has to have; None for any."""
+        return None
+
+    def start_from(self, read_mean: Tensor, constant: Tensor, up: Tensor, down: Tensor) -> None:
+        """Start from the map ``constant + up down (read - read_mean)``.
+
+        Args:
+            read_mean: ``(D,)``.
+            constant: ``(D,)``; not always the mean update, which :attr:`mean` goes on holding.
+            up: ``(D, r)``.
+            down: ``(r, D)``.
+        """
+        raise NotImplementedError
 
 
 class EmulatedUpdate(Replacement):
@@ -73,10 +120,114 @@ class EmulatedUpdate(Replacement):
         return self.emulated(read).expand_as(read)
 
 
-class LowRankAdapter(Replacement):
-    """The mean update plus a trainable low-rank linear map of the read: ``mean + alpha / rank * B A read``.
+class Refit(Replacement):
+    """Nothing; kept layers beside the cut are solved anew (see :mod:`depthprune.refit`).
 
-    ``B`` starts at zero, so that the adapter starts exactly as the emulated update.
+    Args:
+        hidden_size: width of the stream, D.
+        before: how many attentions and MLPs before the cut have their output layers solved: towards the stream after
+            the cut.
+        after: how many after the cut: each towards the stream after itself.
+    """
+
+    def __init__(self, hidden_size: int = 1, before: int = 1, after: int = 4) -> None:
+        super().__init__(hidden_size)
+        if before < 0 or after < 0 or before + after == 0:
+            raise ValueError(f"A refit of {before} layers before and {after} after the cut: give 1 or more in all.")
+        self.before = before
+        self.after = after
+
+
+class SolvedLayer(nn.Module):
+    """An output layer's weights, solved anew: ``forward(input (..., P)) -> (..., Q)``. It starts as the layer was.
+
+    Args:
+        weight: the layer's weight, ``(Q, P)``.
+        bias: its bias, ``(Q,)``, if it has one.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().float().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
+
+    def forward(self, read: Tensor) -> Tensor:
+        """Map what the layer gets, ``(..., P)``, to ``(..., Q)``, in the dtype of its input."""
+        bias = None if self.bias is None else self.bias.to(read.dtype)
+        return functional.linear(read, self.weight.to(read.dtype), bias)
+
+
+class ScaledUpdate(Replacement):
+    """The mean update times one trainable number, which starts at 1.
+
+    Args:
+        hidden_size: width of the stream, D.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size)
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float32))
+
+    def forward(self, read: Tensor) -> Tensor:
+        """Map read ``(B, T, D)`` to the constant update ``(B, T, D)``."""
+        return (self.scale * self.mean).to(read.dtype).expand_as(read)
+
+
+class AdditiveBias(Replacement):
+    """A trainable constant, which starts as the mean update.
+
+    Args:
+        hidden_size: width of the stream, D.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size)
+        self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=torch.float32))
+
+    def calibrate(self, mean: Tensor) -> None:
+        """Start from a mean update, shape ``(D,)``."""
+        super().calibrate(mean)
+        assign(self.bias, mean)
+
+    def forward(self, read: Tensor) -> Tensor:
+        """Map read ``(B, T, D)`` to the constant update ``(B, T, D)``."""
+        return self.bias.to(read.dtype).expand_as(read)
+
+
+class Linear(MapReplacement):
+    """A trainable affine map of the read, ``W (read - read_mean) + b``; ``W`` starts at zero or solved.
+
+    Args:
+        hidden_size: width of the stream, D.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size)
+        self.map = nn.Linear(hidden_size, hidden_size, dtype=torch.float32)
+        nn.init.zeros_(self.map.weight)
+        nn.init.zeros_(self.map.bias)
+
+    def calibrate(self, mean: Tensor) -> None:
+        """Start from a mean update, shape ``(D,)``."""
+        super().calibrate(mean)
+        assign(self.map.bias, mean)
+
+    def start_from(self, read_mean: Tensor, constant: Tensor, up: Tensor, down: Tensor) -> None:
+        """Start from a map (see :meth:`MapReplacement.start_from`)."""
+        self.read_mean.copy_(read_mean)
+        assign(self.map.bias, constant)
+        assign(self.map.weight, up @ down)
+
+    def forward(self, read: Tensor) -> Tensor:
+        """Map read ``(B, T, D)`` to update ``(B, T, D)``."""
+        return self.map(read.float() - self.read_mean).to(read.dtype)
+
+
+class LowRankAdapter(MapReplacement):
+    """A frozen constant plus a trainable low-rank linear map: ``constant + alpha / rank * B A (read - read_mean)``.
+
+    The constant is the mean update and ``B`` starts at zero, so that the adapter starts exactly as the emulated update,
+    unless both are solved first.
 
     Args:
         hidden_size: width of the stream, D.
@@ -85,36 +236,77 @@ class LowRankAdapter(Replacement):
         dropout: probability of dropping an entry of the read while training.
     """
 
+    constant: Tensor
+
     def __init__(self, hidden_size: int, rank: int = 16, alpha: float | None = None, dropout: float = 0.0) -> None:
         super().__init__(hidden_size)
         if not 1 <= rank <= hidden_size:
             raise ValueError(f"The adapter's rank is {rank}: choose one from 1 to the model's width {hidden_size}.")
         if not 0 <= dropout < 1:
             raise ValueError(f"The adapter's dropout is {dropout}: choose a probability from 0 up to, but not, 1.")
+        if alpha == 0:
+            raise ValueError("The adapter's alpha is 0, so it would add nothing: leave it out, or give another number.")
         self.scaling = (rank if alpha is None else alpha) / rank
         self.dropout = nn.Dropout(dropout)
         self.down = nn.Linear(hidden_size, rank, bias=False, dtype=torch.float32)
         self.up = nn.Linear(rank, hidden_size, bias=False, dtype=torch.float32)
         nn.init.zeros_(self.up.weight)
+        self.register_buffer("constant", torch.zeros(hidden_size, dtype=torch.float32))
+
+    def calibrate(self, mean: Tensor) -> None:
+        """Start from a mean update, shape ``(D,)``."""
+        super().calibrate(mean)
+        self.constant.copy_(mean)
+
+    @property
+    def solved_rank(self) -> int:
+        """The adapter's rank."""
+        return self.down.out_features
+
+    def start_from(self, read_mean: Tensor, constant: Tensor, up: Tensor, down: Tensor) -> None:
+        """Start from a map (see :meth:`MapReplacement.start_from`), its size shared by both factors.
+
+        Adam's steps are of one size for both, so neither may be much larger than the other.
+        """
+        left, upper = torch.linalg.qr(up)
+        right, lower = torch.linalg.qr(down.T)
+        inner_left, sizes, inner_right = torch.linalg.svd(upper @ lower.T)
+        root = (sizes / abs(self.scaling)).sqrt()  # each factor's
+        self.read_mean.copy_(read_mean)
+        self.constant.copy_(constant)
+        assign(self.up.weight, left @ inner_left * root * (1 if self.scaling > 0 else -1))
+        assign(self.down.weight, root[:, None] * (inner_right @ right.T))
 
     def forward(self, read: Tensor) -> Tensor:
         """Map read ``(B, T, D)`` to update ``(B, T, D)``."""
-        low_rank = self.up(self.down(self.dropout(read.to(self.down.weight.dtype))))
-        return (self.mean + self.scaling * low_rank).to(read.dtype)
+        centred = read.to(self.down.weight.dtype) - self.read_mean
+        low_rank = self.up(self.down(self.dropout(centred)))
+        return (self.constant + self.scaling * low_rank).to(read.dtype)
 
 
 REPLACEMENTS: dict[str, type[Replacement]] = {
     "emulated_update": EmulatedUpdate,
+    "scaled_update": ScaledUpdate,
+    "additive_bias": AdditiveBias,
     "low_rank_adapter": LowRankAdapter,
+    "linear": Linear,
+    "refit": Refit,
 }
 """Every replacement by name; beside them ``"none"`` leaves nothing in the site's place."""
+
+
+def is_fitted(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether a replacement is solved by least squares, or a constant taken from the pruned model's own stream."""
+    return issubclass(REPLACEMENTS.get(name, Replacement), (MapReplacement, Refit)) or (
+        options.get("source") == "sequential"
+    )
 
 
 _TYPES: dict[Any, tuple[tuple[type, ...], str]] = {int: ((int,), "a whole number"), str: ((str,), "a name")}
 
 
 def build_replacement(name: str, hidden_size: int, options: Mapping[str, Any]) -> Replacement | None:
-    """Make a replacement, not yet calibrated (its mean is zero); None for ``"none"``.
+    """Make what stands in a site, not yet calibrated (its mean is zero); None for ``"none"`` and ``"refit"``.
 
     Raises:
         ValueError: there is no replacement or option of that name, or an option's value is out of range.
@@ -137,4 +329,5 @@ def build_replacement(name: str, hidden_size: int, options: Mapping[str, Any]) -
             raise ValueError(
                 f"The option {option} of the replacement {name} is {value}: give a finite number up to {LARGEST:g}."
             )
-    return REPLACEMENTS[name](hidden_size, **options)
+    made = REPLACEMENTS[name](hidden_size, **options)
+    return None if isinstance(made, Refit) else made

@@ -88,6 +88,11 @@ class Removal:
         if self.replacement == "none" and self.options:
             raise ValueError(f"The replacement 'none' takes no options, but {dict(self.options)} was given.")
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether nothing stands in the place of what goes; with a refit, kept layers beside it are solved anew."""
+        return self.replacement in ("none", "refit")
+
     def to_dict(self) -> dict[str, Any]:
         """The removal as JSON-ready data."""
         return {
@@ -182,7 +187,7 @@ class PruningPlan:
     @property
     def is_plain(self) -> bool:
         """Whether only whole blocks go and nothing stands in their place, so that the model stays a plain one."""
-        return all(removal.replacement == "none" and removal.sites[0].kind == "block" for removal in self.removals)
+        return all(removal.is_bare and removal.sites[0].kind == "block" for removal in self.removals)
 
     def with_replacement(self, replacement: str, **options: Any) -> PruningPlan:
         """The same sites with another replacement everywhere."""

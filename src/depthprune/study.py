@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from depthprune.anatomy import Anatomy
 from depthprune.commands.influence import write_influence
 from depthprune.data.batches import Batches
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
 from depthprune.evaluation.domains import document_loss
-from depthprune.families import Anatomy
 from depthprune.files import make_folder, only_writer, whole_file
 from depthprune.influence.estimate import estimate_influence
 from depthprune.influence.static import STATIC_METRICS

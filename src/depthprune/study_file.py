@@ -15,8 +15,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from depthprune import embedded
+from depthprune.anatomy import architecture_of, unpruned_fingerprint
 from depthprune.data.module import TextDataModule
-from depthprune.families import architecture_of, unpruned_fingerprint
 from depthprune.files import read_json, write_json
 
 STUDY_VERSION = 1

@@ -4,6 +4,7 @@ A slot is a site's own module under a derived class that looks at a switch befor
 checks of transformers (outputs recorded by class, gradient checkpointing) and the keys of the base weights stay as they
 were; a slot only adds a child ``replacement``. Switching variants is setting an attribute. Where a site is a chain of
 modules (a norm behind an attention, say), the first one holds the replacement and the others let its update through.
+A kept layer that is refit is a slot too: it holds the solved weights, and uses them only as the replacement.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from depthprune.families import Anatomy, pruning_record, unpruned_fingerprint
+from depthprune.anatomy import Anatomy, pruning_record, unpruned_fingerprint
 from depthprune.names import unknown_name
-from depthprune.replacements import Replacement, build_replacement
+from depthprune.refit import layers
+from depthprune.replacements import Replacement, SolvedLayer, assign, build_replacement
 from depthprune.sites import PruningPlan, Site
 
 POSITIONS = ("original", "none", "emulated_update", "replacement")
@@ -33,10 +36,11 @@ CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
 
 
 class Slot:
-    """Mixin that turns a site's module into a slot (see :func:`install_slots`).
+    """Mixin that turns a site's module, or a layer that is refit, into a slot (see :func:`install_slots`).
 
     Attributes:
         base: the class of the module before it became a slot.
+        kind: that of the site, ``"follower"`` for the other modules of its chain, ``"layer"`` for one that is refit.
         slot_position: the switch, one of :data:`POSITIONS`.
         cache_index: the cache layer that belongs to the site.
         replacement: what stands here when the original does not; None for nothing.
@@ -44,9 +48,10 @@ class Slot:
     """
 
     base: type[nn.Module]
+    kind: str
     slot_position: str
     cache_index: int
-    replacement: Replacement | None
+    replacement: Replacement | SolvedLayer | None
     is_hollow: bool
 
     def stand_in(self, read: Tensor) -> Tensor | None:
@@ -54,6 +59,7 @@ class Slot:
         if self.slot_position == "none" or self.replacement is None:
             return None
         if self.slot_position == "emulated_update":
+            assert isinstance(self.replacement, Replacement)
             return self.replacement.emulated(read).expand_as(read)
         return self.replacement(read)
 
@@ -100,7 +106,7 @@ def _slot_class(base: type[nn.Module], kind: str) -> type[nn.Module]:
 
     Args:
         base: the module's class.
-        kind: the site's kind for the first module of its chain, ``"follower"`` for the others.
+        kind: see :class:`Slot`.
     """
     read_name = next(name for name in inspect.signature(base.forward).parameters if name != "self")
     read_argument = _Argument.of(base.forward, read_name)
@@ -108,9 +114,12 @@ def _slot_class(base: type[nn.Module], kind: str) -> type[nn.Module]:
 
     class SlotModule(Slot, base):  # type: ignore[misc, valid-type]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            if self.slot_position == "original":
+            if self.slot_position == "original" or (kind == "layer" and self.slot_position != "replacement"):
                 return base.forward(self, *args, **kwargs)
             read = read_argument.get(args, kwargs)
+            if kind == "layer":
+                assert isinstance(self.replacement, SolvedLayer)
+                return self.replacement(read)
             if kind == "follower":
                 return read
             if kind != "mlp":
@@ -125,6 +134,7 @@ def _slot_class(base: type[nn.Module], kind: str) -> type[nn.Module]:
             return _empty_slot, (base, kind), self.__dict__  # pickle cannot find a derived class by name
 
     SlotModule.base = base
+    SlotModule.kind = kind
     SlotModule.__name__ = f"{base.__name__}Slot"
     SlotModule.__qualname__ = SlotModule.__name__
     return SlotModule
@@ -166,6 +176,7 @@ def check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     for removal in plan.removals:
         with torch.device("meta"):
             build_replacement(removal.replacement, anatomy.hidden_size, removal.options)
+    layers(anatomy, plan)
 
 
 def install_slots(model: PreTrainedModel, plan: PruningPlan) -> None:
@@ -185,6 +196,8 @@ def install_slots(model: PreTrainedModel, plan: PruningPlan) -> None:
         for site in removal.sites:
             name = removal.replacement if site == removal.sites[0] else "none"
             make_slots(anatomy, site, build_replacement(name, anatomy.hidden_size, removal.options))
+    for layer in layers(anatomy, plan).values():
+        _make_slot(layer, "layer", 0, SolvedLayer(*_weights(layer)))
     guard_saving(model, False)
 
 
@@ -216,7 +229,12 @@ def make_slots(anatomy: Anatomy, site: Site, replacement: Replacement | None) ->
         _make_slot(module, "follower", cache, None)
 
 
-def _make_slot(module: nn.Module, kind: str, cache_index: int, replacement: Replacement | None) -> None:
+def _weights(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """A linear layer's weight ``(Q, P)`` and bias ``(Q,)``; gpt2 holds the weight the other way round."""
+    return (layer.weight.T if isinstance(layer, Conv1D) else layer.weight), layer.bias
+
+
+def _make_slot(module: nn.Module, kind: str, cache_index: int, replacement: Replacement | SolvedLayer | None) -> None:
     device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
     hook = getattr(module, "_hf_hook", None)
     if hook is not None:  # accelerate's hook hides the class's forward: put it back over the slot's
@@ -239,19 +257,34 @@ def _make_slot(module: nn.Module, kind: str, cache_index: int, replacement: Repl
 def remove_slots(model: PreTrainedModel) -> None:
     """Undo :func:`install_slots`: the model is what it was before, bit for bit."""
     for slot in open_slots(model).values():
-        assert isinstance(slot, nn.Module)
-        hook = getattr(slot, "_hf_hook", None)
-        if hook is not None:
-            remove_hook_from_module(slot)
-            slot.__dict__.pop("forward", None)
-        del slot._modules["replacement"]
-        for name in ("slot_position", "cache_index", "is_hollow"):
-            del slot.__dict__[name]
-        slot.__class__ = slot.base  # type: ignore[assignment]
-        if hook is not None:
-            add_hook_to_module(slot, hook)
+        _close(slot)
     record = pruning_record(model)
     guard_saving(model, record is None or PruningPlan.from_dict(record["plan"]).is_plain)
+
+
+def keep_solved_layers(model: PreTrainedModel) -> None:
+    """Put the weights of every layer that was refit in the place of its own, for good: it is a plain layer again."""
+    for slot in open_slots(model).values():
+        if slot.kind == "layer":
+            assert isinstance(slot.replacement, SolvedLayer)
+            for own, solved in zip(_weights(slot), _weights(slot.replacement), strict=True):
+                if own is not None and solved is not None:
+                    assign(own.data, solved.data)
+            _close(slot)
+
+
+def _close(slot: Any) -> None:
+    """Turn a slot into the module that it was."""
+    hook = getattr(slot, "_hf_hook", None)
+    if hook is not None:
+        remove_hook_from_module(slot)
+        slot.__dict__.pop("forward", None)
+    del slot._modules["replacement"]
+    for name in ("slot_position", "cache_index", "is_hollow"):
+        del slot.__dict__[name]
+    slot.__class__ = slot.base
+    if hook is not None:
+        add_hook_to_module(slot, hook)
 
 
 def switch(model: nn.Module, position: str) -> None:

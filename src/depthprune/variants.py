@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from depthprune.families import Anatomy
+from depthprune.anatomy import Anatomy
 from depthprune.head import Batch, hidden_states
 from depthprune.sites import Site
 from depthprune.surgery import Slot, make_slots, open_slots, remove_slots

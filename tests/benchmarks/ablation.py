@@ -23,9 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 import depthprune as dp
+from depthprune.anatomy import Anatomy
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import TextSource
-from depthprune.families import Anatomy
 from depthprune.head import evaluating
 from depthprune.influence.ablation import AblationInfluence, Sampling, run_ablation
 from depthprune.memory import keep_freed_memory

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from depthprune.families import Anatomy
+from depthprune.anatomy import Anatomy
 from depthprune.influence.angular import AngularInfluence, angular
 from depthprune.influence.estimate import estimate_influence
 from depthprune.influence.table import InfluenceTable

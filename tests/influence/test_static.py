@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from depthprune.families import Anatomy, unpruned_fingerprint
+from depthprune.anatomy import Anatomy, unpruned_fingerprint
 from depthprune.influence.estimate import estimate_influence
 from depthprune.influence.static import STATIC_METRICS, StaticInfluence, massive
 from depthprune.moments import Observation, Vectors, run_observed

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from depthprune.pruning import prune, swapped
 from depthprune.recovery.closed_form import calibrate, calibrate_on, sites_to_measure
+from depthprune.replacements import Replacement
 from depthprune.sites import PruningPlan, Removal, Site
 from depthprune.surgery import install_slots, replacement_parameters, site_slots, switch
 from tests import brute_force
@@ -23,7 +24,9 @@ RUN = Removal((Site(1, "block"), Site(2, "block")), "emulated_update")
 def constants(model: PreTrainedModel, plan: PruningPlan) -> dict[str, Tensor]:
     """The mean in each replacement, by site."""
     found = site_slots(model, plan).items()
-    return {str(site): slot.replacement.mean.double() for site, slot in found if slot.replacement is not None}
+    return {
+        str(site): slot.replacement.mean.double() for site, slot in found if isinstance(slot.replacement, Replacement)
+    }
 
 
 def removals(*names: str, **options: Any) -> tuple[Removal, ...]:

@@ -16,8 +16,11 @@ from depthprune.data.module import TextDataModule
 from depthprune.data.text import TextSource
 from depthprune.loading import load
 from depthprune.recovery import module as module_module
+from depthprune.recovery.closed_form import calibrate_on
+from depthprune.recovery.fitting import Fitting
 from depthprune.recovery.module import RecoveryModule
-from depthprune.surgery import base_state, replacement_parameters, replacement_state, switched
+from depthprune.sites import PruningPlan
+from depthprune.surgery import base_state, install_slots, replacement_parameters, replacement_state, switched
 from tests import brute_force
 from tests.command_line import LENGTH, Workshop, read_checkpoint
 from tests.tiny_models import BLOCKS, WIDTH
@@ -28,7 +31,7 @@ SLOTS = ("layers.2", "layers.3.self_attn", "layers.4")  # of the workshop's plan
 
 def recovery(workshop: Workshop, **settings: Any) -> RecoveryModule:
     torch.manual_seed(1)
-    defaults = {"replacement": "low_rank_adapter", "options": {"rank": 4, "dropout": 0.5}}
+    defaults = {"replacement": "low_rank_adapter", "options": {"rank": 4, "dropout": 0.5}, "fitting": None}
     return RecoveryModule(str(workshop.model), str(workshop.plan), **{**defaults, **settings})
 
 
@@ -110,6 +113,25 @@ def test_adapters_start_exactly_as_the_emulated_update(workshop: Workshop) -> No
     assert brute_force.difference(started, brute_force.plain_logits(original, batch)) > 1e-2
 
 
+@pytest.mark.parametrize("replacement", ["low_rank_adapter", "linear", "refit", "additive_bias", "scaled_update"])
+def test_every_rung_starts_from_its_closed_form_and_trains(workshop: Workshop, replacement: str) -> None:
+    options = {"rank": 4} if replacement == "low_rank_adapter" else {}
+    module, text = recovery(workshop, replacement=replacement, options=options, fitting=Fitting()), texts(workshop)
+    module.configure_model()
+    trainer().validate(module, text, verbose=False)
+    batch = next(iter(text.test_dataloader()["other"]))
+    started = brute_force.plain_logits(module.causal_lm.eval(), batch)
+    by_hand, plan = load(workshop.model)[0], PruningPlan.load(workshop.plan).with_replacement(replacement, **options)
+    install_slots(by_hand, plan)
+    calibrate_on(by_hand, plan, text.calibration_dataloader(), text.tune_dataloader(), Fitting())
+    torch.testing.assert_close(started, brute_force.plain_logits(by_hand, batch), rtol=0, atol=1e-6)
+    start = {name: value.clone() for name, value in module.state_dict().items()}
+    trainer(steps=2).fit(module, text)
+    moved = {name for name, value in module.state_dict().items() if not torch.equal(value, start[name])}
+    trained = [name for name, _ in module.named_parameters() if ".replacement." in name]
+    assert moved == set(trained)
+
+
 def test_dropout_is_active_in_training_and_not_in_validation(workshop: Workshop) -> None:
     """A step with dropout differs from one without; the losses at the start do not."""
 
@@ -153,11 +175,11 @@ def test_gradient_checkpointing_recomputes_and_changes_no_number(workshop: Works
 
 def test_a_checkpoint_holds_the_replacements_and_nothing_of_the_base(fitted: Path, workshop: Workshop) -> None:
     checkpoint = read_checkpoint(fitted / "last.ckpt")
-    parts = ("mean", "down.weight", "up.weight")
+    parts = ("mean", "read_mean", "constant", "down.weight", "up.weight")
     expected = {f"model.model.{slot}.replacement.{part}" for slot in SLOTS for part in parts}
     assert set(checkpoint["state_dict"]) == expected
     numbers = sum(value.numel() for value in checkpoint["state_dict"].values())
-    assert numbers == len(SLOTS) * (WIDTH + 2 * 4 * WIDTH)
+    assert numbers == len(SLOTS) * (3 * WIDTH + 2 * 4 * WIDTH)
     moments = checkpoint["optimizer_states"][0]["state"].values()
     kept = sum(value.numel() for state in moments for value in state.values() if value.dim())
     assert kept == 2 * len(SLOTS) * 2 * 4 * WIDTH  # Adam's two moments of A and B

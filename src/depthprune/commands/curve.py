@@ -12,12 +12,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
 
+from depthprune.anatomy import unpruned_fingerprint
 from depthprune.data.module import one_text
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
 from depthprune.evaluation.curve import UNPRUNED, first_sites, variant_losses
 from depthprune.evaluation.domains import Interval
-from depthprune.families import unpruned_fingerprint
 from depthprune.figures import write_figure
 from depthprune.files import make_folder, only_writer, write_json, write_text
 from depthprune.influence.figures import PLURALS, curve_figure

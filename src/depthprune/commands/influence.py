@@ -14,13 +14,13 @@ import torch
 from lightning.fabric.strategies import ModelParallelStrategy
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from depthprune.anatomy import unpruned_fingerprint
 from depthprune.data.batches import Batches
 from depthprune.data.choices import ChoiceBatches, open_choices
 from depthprune.data.module import one_text
 from depthprune.data.questions import ChoiceSource
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import shard_blocks, start_fabric
-from depthprune.families import unpruned_fingerprint
 from depthprune.figures import write_figure
 from depthprune.files import make_folder, only_writer
 from depthprune.influence.ablation import Sampling

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
+from depthprune.anatomy import pruning_record, unpruned_fingerprint
 from depthprune.data.module import one_text
 from depthprune.data.text import RoleShares, TextSource
-from depthprune.families import pruning_record, unpruned_fingerprint
 from depthprune.files import check_new_folder, make_folder
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import PLAN_FILE, load, save
 from depthprune.progress import tracked
 from depthprune.pruning import prune as prune_model
 from depthprune.recovery.checkpoints import read_checkpoint
-from depthprune.recovery.closed_form import sites_to_measure
+from depthprune.recovery.fitting import Fitting
 from depthprune.removal import remove_for_good
 from depthprune.sites import PruningPlan
 from depthprune.surgery import check_plan, install_slots, replacement_state
@@ -42,6 +42,7 @@ def prune(
     sequences: int = 32,
     sequence_length: int = 256,
     batch_size: int = 4,
+    fitting: Fitting = Fitting(),  # noqa: B008 -- frozen
     shares: RoleShares = RoleShares(),  # noqa: B008 -- frozen
     dtype: str = "auto",
     revision: str | None = None,
@@ -62,7 +63,8 @@ def prune(
         carry_blocks: take the influence of blocks for the attentions or MLPs inside them, as the paper does.
         sites: site names, such as [block.12, attention.3].
         plan: a plan's JSON file.
-        replacement: none (if not given), emulated_update or low_rank_adapter; a plan and a checkpoint have their own.
+        replacement: none (if not given), emulated_update, low_rank_adapter, linear; a plan and a checkpoint have their
+            own.
         options: the replacement's options, such as {rank: 16}.
         checkpoint: a checkpoint of `depthprune fit`: its plan and its trained replacements.
         plan_only: write only plan.json.
@@ -70,6 +72,7 @@ def prune(
         sequences: how many sequences to calibrate on.
         sequence_length: tokens of a sequence.
         batch_size: sequences of a batch.
+        fitting: how maps (linear, low_rank_adapter) are fitted to the text.
         shares: shares of the documents for the four roles.
         dtype: auto (as saved), bfloat16, float16 or float32.
         revision: branch, tag or commit on the hub.
@@ -129,10 +132,10 @@ def prune(
         remove_for_good(causal_lm, chosen)
     else:
         batches = None
-        if sites_to_measure(causal_lm, chosen):
+        if any(removal.replacement != "none" for removal in chosen.removals):
             data = one_text(model, text, sequence_length, batch_size, shares, revision, calibration_sequences=sequences)
             batches = tracked(data.calibration_dataloader(), "Calibrating")
-        prune_model(causal_lm, chosen, batches)
+        prune_model(causal_lm, chosen, batches, fitting)
     save(causal_lm, tokenizer, output)
     record = pruning_record(causal_lm)
     assert record is not None

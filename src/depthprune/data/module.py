@@ -145,6 +145,10 @@ class TextDataModule(LightningDataModule):
         """The first sequences of the *fit* role, for mean updates and closed forms."""
         return self._batches(self.text.title, "fit", self.calibration_sequences)
 
+    def tune_dataloader(self) -> Batches:
+        """The first sequences of the *tune* role, a quarter as many as for calibration, to choose closed forms on."""
+        return self._batches(self.text.title, "tune", max(1, self.calibration_sequences // 4))
+
     def val_dataloader(self) -> dict[str, Batches]:
         """``train`` (documents of the *fit* role) and the *tune* role of every domain, the training text first."""
         train = self._batches(self.text.title, "fit", self.evaluation_sequences)

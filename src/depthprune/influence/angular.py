@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from depthprune.anatomy import Anatomy
 from depthprune.data.batches import world_and_rank
-from depthprune.families import Anatomy
 from depthprune.influence.clusters import ClusterSums
 from depthprune.influence.static import cosine, massive
 from depthprune.moments import Observation, SiteMetric, Vectors

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from depthprune.anatomy import Anatomy
 from depthprune.data.batches import world_and_rank
-from depthprune.families import Anatomy
 from depthprune.head import Batch, evaluating, hidden_states, input_device, on_device
 from depthprune.influence.clusters import ClusterSums, ClusterTotals
 from depthprune.names import unknown_name

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from depthprune.families import Anatomy
+from depthprune.anatomy import Anatomy
 from depthprune.influence.clusters import one_seed
 from depthprune.sites import KINDS, Site
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric, SumMetric
 from transformers import PreTrainedModel
 
-from depthprune.families import Anatomy, unpruned_fingerprint
+from depthprune.anatomy import Anatomy, unpruned_fingerprint
 from depthprune.head import Batch, check_batch, input_device
 from depthprune.influence.ablation import ABLATION_METRICS, DESIGNS, AblationInfluence, Sampling, run_ablation
 from depthprune.influence.agreement import stability

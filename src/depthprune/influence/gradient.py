@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from depthprune.anatomy import Anatomy
 from depthprune.data.batches import world_and_rank
-from depthprune.families import Anatomy
 from depthprune.head import Batch, evaluating, hidden_states, input_device, on_device, predicted_mask, row_losses
 from depthprune.influence.choice_costs import choice_losses, is_question
 from depthprune.influence.clusters import ClusterSums, Ratio, mean

@@ -1,37 +1,45 @@
-"""Replacements' weights without training: so far the emulated update, which is also where every other one starts."""
+"""Replacements' weights without training: constants from mean updates, maps by least squares."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from depthprune.families import Anatomy
+from depthprune.anatomy import Anatomy
 from depthprune.head import Batch
 from depthprune.moments import mean_updates
+from depthprune.recovery.fitting import Fitting, fit_maps
+from depthprune.recovery.regression import NO_TOKEN, AffineMap
+from depthprune.replacements import Replacement, is_fitted
 from depthprune.sites import PruningPlan, Removal, Site
 from depthprune.surgery import site_slots, switched
 
+DEFAULT = Fitting()
 
-def sites_to_measure(model: PreTrainedModel, plan: PruningPlan) -> tuple[Site, ...]:
-    """The sites whose mean update the plan's replacements need, in depth order."""
+
+def sites_to_measure(model: PreTrainedModel, plan: PruningPlan, fitting: Fitting | None = None) -> tuple[Site, ...]:
+    """The sites whose mean update the plan's replacements need, in depth order; those that are fitted find it then."""
     anatomy = Anatomy.of(model)
     needed: set[Site] = set()
     for removal in plan.removals:
-        if removal.replacement != "none":
+        if removal.replacement != "none" and not (fitting and is_fitted(removal.replacement, removal.options)):
             needed.update(_source_sites(anatomy, plan, removal))
     return tuple(sorted(needed))
 
 
-def calibrate(model: PreTrainedModel, plan: PruningPlan, means: Mapping[Site, Tensor]) -> None:
+def calibrate(
+    model: PreTrainedModel, plan: PruningPlan, means: Mapping[Site, Tensor], fitting: Fitting | None = None
+) -> None:
     """Give every replacement of a model with slots its mean update.
 
     Args:
         model: the model, its slots installed for ``plan``.
         plan: the plan.
         means: the mean update ``(D,)`` of every site in :func:`sites_to_measure`, from the unpruned stream.
+        fitting: how those that are fitted will be, so that they are passed over; None if none will be.
 
     Raises:
         ValueError: one of them is not finite.
@@ -39,7 +47,7 @@ def calibrate(model: PreTrainedModel, plan: PruningPlan, means: Mapping[Site, Te
     anatomy = Anatomy.of(model)
     for removal in plan.removals:
         replacement = site_slots(model, plan)[removal.sites[0]].replacement
-        if replacement is None:
+        if not isinstance(replacement, Replacement) or (fitting and is_fitted(removal.replacement, removal.options)):
             continue
         parts = torch.stack([means[site] for site in _source_sites(anatomy, plan, removal)])
         # the updates of a run of blocks add up; another source is averaged
@@ -51,18 +59,62 @@ def calibrate(model: PreTrainedModel, plan: PruningPlan, means: Mapping[Site, Te
         replacement.calibrate(mean.to(replacement.mean))
 
 
-def calibrate_on(model: PreTrainedModel, plan: PruningPlan, batches: Iterable[Batch]) -> None:
-    """Measure the mean updates in the unpruned stream of a model with slots, and give them to the replacements.
+def calibrate_on(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    batches: Iterable[Batch],
+    held_out: Iterable[Batch] | None = None,
+    fitting: Fitting | None = DEFAULT,
+) -> dict[Site, AffineMap]:
+    """Give the replacements of a model with slots their weights in closed form.
+
+    Constants are measured in the unpruned stream, in one pass; then the maps are fitted from front to back.
+
+    Args:
+        model: the model, its slots installed for ``plan``.
+        plan: the plan.
+        batches: the text; for maps its token ids and streams are held meanwhile.
+        held_out: text to choose the maps' ridge on; every fourth batch of ``batches`` if not given.
+        fitting: how maps are fitted; None lets them start from the mean update.
+
+    Returns:
+        The maps that were fitted.
 
     Raises:
-        ValueError: there is no token to calibrate on.
+        ValueError: there is no token to calibrate or fit on.
     """
-    needed = sites_to_measure(model, plan)
-    if not needed:
-        return
-    with switched(model, "original"):
-        means = mean_updates(model, batches, needed)
-    calibrate(model, plan, means)
+    fitted = fitting is not None and any(is_fitted(removal.replacement, removal.options) for removal in plan.removals)
+    if fitted:
+        batches = list(batches)
+        if held_out is None:
+            batches, held_out = _split(batches)
+    needed = sites_to_measure(model, plan, fitting)
+    means: Mapping[Site, Tensor] = {}
+    if needed:
+        with switched(model, "original"):
+            means = mean_updates(model, batches, needed)
+    calibrate(model, plan, means, fitting)
+    if not fitted:
+        return {}
+    assert fitting is not None
+    assert held_out is not None
+    return fit_maps(model, plan, batches, held_out, fitting)
+
+
+def _split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Batches to fit to, and every fourth to choose the ridge on; of a single batch, every fourth sequence."""
+    if len(batches) > 1:
+        held_out = list(batches[3::4]) or [batches[-1]]
+        return [batch for batch in batches if not any(batch is other for other in held_out)], held_out
+    if not batches:
+        raise ValueError(NO_TOKEN)
+    if len(batches[0]["input_ids"]) < 2:
+        raise ValueError("A map is fitted to some sequences and its ridge chosen on others: give two or more.")
+    rows = len(batches[0]["input_ids"])
+    is_held_out = torch.arange(rows) % 4 == min(3, rows - 1)
+    parts = ({name: tensor[chosen] for name, tensor in batches[0].items()} for chosen in (~is_held_out, is_held_out))
+    fit, held = parts
+    return [fit], [held]
 
 
 def _source_sites(anatomy: Anatomy, plan: PruningPlan, removal: Removal) -> tuple[Site, ...]:
@@ -74,6 +126,11 @@ def _source_sites(anatomy: Anatomy, plan: PruningPlan, removal: Removal) -> tupl
     source = removal.options.get("source", "own")
     if source == "own":
         return removal.sites
+    if source == "sequential":
+        raise ValueError(
+            "source='sequential' is the mean in the stream of the pruned model itself, so it is fitted on text: give "
+            "batches, or use source='own'."
+        )
     last = removal.sites[-1]
     gone = set(plan.sites)
     broken = {site.index for site in gone if "block" in (site.kind, last.kind)}  # a block stays if all of it stays

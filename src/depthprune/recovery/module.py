@@ -14,14 +14,15 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from depthprune.anatomy import Anatomy, unpruned_fingerprint
 from depthprune.devices import shard_blocks
-from depthprune.families import Anatomy, unpruned_fingerprint
 from depthprune.head import Batch
 from depthprune.loading import load
 from depthprune.names import unknown_name
 from depthprune.recovery.checkpoint_io import WholeCheckpointIO
 from depthprune.recovery.closed_form import calibrate_on
 from depthprune.recovery.divergence import divergence, document_numbers, gradients_are_finite
+from depthprune.recovery.fitting import Fitting
 from depthprune.recovery.objectives import OBJECTIVES
 from depthprune.recovery.resume import (
     check_accumulation,
@@ -58,6 +59,7 @@ class RecoveryModule(DomainScoring):
         plan: path of the plan's JSON file.
         replacement: what stands in every removed site; the plan's own replacements if not given.
         options: options of that replacement, such as ``{"rank": 16}``.
+        fitting: how maps are fitted in closed form before the first step; null lets them start from the mean update.
         objective: what is minimised, a name from ``depthprune.recovery.objectives.OBJECTIVES``.
         dtype: dtype of the base model; replacements are fp32.
         revision: the base model's revision on the hub.
@@ -73,6 +75,7 @@ class RecoveryModule(DomainScoring):
         plan: str,
         replacement: str | None = None,
         options: dict[str, Any] | None = None,
+        fitting: Fitting | None = Fitting(),  # noqa: B008 -- frozen
         objective: str = "language_modelling",
         dtype: str = "auto",
         revision: str | None = None,
@@ -86,7 +89,8 @@ class RecoveryModule(DomainScoring):
             raise unknown_name("objective", objective, OBJECTIVES)
         if options and replacement is None:
             raise ValueError("Options belong to a replacement: set model.replacement too.")
-        self.save_hyperparameters(ignore=["optimizer", "scheduler"])
+        self.save_hyperparameters(ignore=["optimizer", "scheduler", "fitting"])
+        self.fitting = fitting
         self.plan = PruningPlan.load(plan)
         if replacement is not None:
             self.plan = self.plan.with_replacement(replacement, **(options or {}))
@@ -156,12 +160,13 @@ class RecoveryModule(DomainScoring):
             shard_blocks(self.model, self.device_mesh)
 
     def calibrate(self) -> None:
-        """Start from the emulated update, measured on the data module's calibration text, unless already restored."""
+        """Give the replacements their closed form, on the data module's calibration text, unless already restored."""
         if self.is_calibrated:
             return
         datamodule = self.text_data()
-        self.print(f"Calibrating the mean updates of {len(self.plan.sites)} sites.")
-        calibrate_on(self.causal_lm, self.plan, datamodule.calibration_dataloader())
+        self.print(f"Calibrating the replacements of {len(self.plan.sites)} sites.")
+        texts = datamodule.calibration_dataloader(), datamodule.tune_dataloader()
+        calibrate_on(self.causal_lm, self.plan, *texts, self.fitting)
         self.is_calibrated = True
 
     def on_fit_start(self) -> None:

@@ -35,6 +35,7 @@ def fit_settings(module: Any) -> dict[str, Any]:
     domains = {name: dataclasses.asdict(source) for name, source in getattr(data, "domains", {}).items()}
     return {
         **{name: module.hparams[name] for name in ("dtype", "attn_implementation")},
+        **_plain("fitting", dataclasses.asdict(module.fitting) if module.fitting else {}),
         "optimizer": type(optimizer).__name__,
         **_plain("optimizer", optimizer.defaults),
         "scheduler": type(scheduler).__name__ if scheduler else None,

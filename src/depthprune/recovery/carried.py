@@ -1,0 +1,109 @@
+"""Text carried through a model block by block: the stream of the unpruned model, and that of the pruned one beside it.
+
+What stands in a removed site is fitted once everything before it is, in one pass of its own segment: both streams wait
+before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from depthprune.anatomy import Anatomy
+from depthprune.head import Batch, evaluating, hidden_states, on_device
+from depthprune.surgery import switched
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Hook = Callable[..., None]
+
+
+@dataclass
+class CarriedBatch:
+    """One batch on its way through the blocks.
+
+    Attributes:
+        calls: the arguments beside the stream that each block of the list gets, by position and by name.
+        counts: which tokens are not padding, ``(B, T)`` bool.
+        unpruned: the stream of the unpruned model, ``(B, T, D)``.
+        pruned: the stream of the pruned model.
+    """
+
+    calls: list[Call]
+    counts: Tensor
+    unpruned: Tensor
+    pruned: Tensor
+
+
+def carry(model: PreTrainedModel, batches: Iterable[Batch]) -> list[CarriedBatch]:
+    """Batches that stand before the first block.
+
+    Their streams are held until the batches are dropped: twice ``B T D`` numbers of the model's dtype for each.
+    """
+    anatomy = Anatomy.of(model)
+    carried = []
+    with evaluating(model), _passed_through(anatomy) as calls:
+        for batch in on_device(batches, model):
+            calls.clear()
+            hidden_states(model, batch)
+            stream = calls[0][0]
+            counts = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+            carried.append(CarriedBatch([call for _, call in calls], counts, stream, stream))
+    return carried
+
+
+def through(anatomy: Anatomy, places: Sequence[int], batch: CarriedBatch, stream: Tensor, position: str) -> Tensor:
+    """A stream after some blocks, by their places in the list, with every slot in one position."""
+    with torch.no_grad(), switched(anatomy.model, position):
+        for place in places:
+            args, kwargs = batch.calls[place]
+            stream = anatomy.blocks[place](stream, *args, **kwargs)
+    return stream
+
+
+@contextmanager
+def hooked(*hooks: tuple[nn.Module, str, Hook]) -> Iterator[None]:
+    """Hooks on modules for the length of a block.
+
+    Args:
+        hooks: the module; ``"before"`` or ``"after"`` its forward; a function of the module, its arguments by position
+            and by name, and, after it, its output.
+    """
+    handles = [
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+        if when == "before"
+        else module.register_forward_hook(hook, with_kwargs=True)
+        for module, when, hook in hooks
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _passed_through(anatomy: Anatomy) -> Iterator[list[tuple[Tensor, Call]]]:
+    """Let every block give back its input and note what it got, for the length of a block."""
+    calls: list[tuple[Tensor, Call]] = []
+
+    def passing(*args: Any, **kwargs: Any) -> Tensor:
+        stream = args[0] if args else kwargs.pop("hidden_states")
+        calls.append((stream, (args[1:], kwargs)))
+        return stream
+
+    before = [(block, block.__dict__.get("forward")) for block in anatomy.blocks]  # accelerate puts one there
+    try:
+        for block, _ in before:
+            block.forward = passing
+        yield calls
+    finally:
+        for block, forward in before:
+            del block.__dict__["forward"]
+            if forward is not None:
+                block.forward = forward

@@ -1,0 +1,233 @@
+"""Maps that stand in removed sites, and kept layers beside them, solved by least squares from front to back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from depthprune.anatomy import Anatomy
+from depthprune.head import Batch, evaluating
+from depthprune.moments import MeanUpdates, Observation, Vectors
+from depthprune.names import unknown_name
+from depthprune.recovery.carried import CarriedBatch, carry, hooked, through
+from depthprune.recovery.regression import STRENGTHS, AffineMap, Covariances, PairedMoments, best_map
+from depthprune.recovery.segments import Segment, Streams, attention_kept, segments, stream_after, unpruned_streams
+from depthprune.refit import Writer, writers
+from depthprune.replacements import MapReplacement, Replacement, SolvedLayer, add, is_fitted
+from depthprune.sites import PruningPlan, Removal, Site
+from depthprune.surgery import Slot, site_slots
+
+ORDERS = ("sequential", "independent")
+MASSIVE = ("keep", "drop")
+MASSIVE_NORM = 10.0  # a token is massive where its stream is longer than the median so many times
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How maps are fitted in closed form.
+
+    Attributes:
+        order: sequential (front to back, each in the stream of what is pruned already, towards the unpruned model's
+            stream at that depth) or independent (each towards its own site's update in the unpruned stream).
+        massive_tokens: keep, or drop: leave out tokens whose stream before or after the site is over 10 times as long
+            as the batch's median. A map that never saw them ruins them, and with them the attention of all others.
+    """
+
+    order: str = "sequential"
+    massive_tokens: str = "keep"
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise unknown_name("order of fitting", self.order, ORDERS)
+        if self.massive_tokens not in MASSIVE:
+            raise unknown_name("treatment of massive tokens", self.massive_tokens, MASSIVE)
+
+
+def fit_maps(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    batches: Iterable[Batch],
+    held_out: Iterable[Batch],
+    fitting: Fitting,
+) -> dict[Site, AffineMap]:
+    """Solve the maps and the refit layers of a model with slots; its constants are calibrated already.
+
+    Args:
+        model: the model, its slots installed for ``plan``.
+        plan: the plan.
+        batches: the text to fit to; its streams are held meanwhile (see :func:`~depthprune.recovery.carried.carry`).
+        held_out: the text by which the ridge is chosen.
+        fitting: how.
+
+    Returns:
+        The map of each removal's first site, and the change of each refit layer, by the attention or MLP that it ends.
+
+    Raises:
+        ValueError: there is no token to fit on, or a stream is not finite.
+    """
+    anatomy = Anatomy.of(model)
+    slots = site_slots(model, plan)
+    solved_here = [r for r in plan.removals if r.replacement != "refit" and is_fitted(r.replacement, r.options)]
+    waiting: list[Removal | Writer] = [*solved_here, *writers(anatomy, plan)]
+    found: dict[Site, AffineMap] = {}
+    with evaluating(model):
+        texts = carry(model, batches), carry(model, held_out)
+        for segment in segments(anatomy, plan):
+            parts = [[(batch, unpruned_streams(anatomy, segment, batch)) for batch in text] for text in texts]
+            for item in _in_depth_order(anatomy, segment, waiting):
+                waiting.remove(item)
+                if isinstance(item, Writer):
+                    found[item.site] = _refit(anatomy, segment, item, parts, fitting)
+                    continue
+                replacement = slots[item.sites[0]].replacement
+                assert isinstance(replacement, Replacement)
+                fit, tune = (_moments(anatomy, segment, item, part, fitting) for part in parts)
+                solved = best_map(fit, tune, getattr(replacement, "solved_rank", 0), STRENGTHS)
+                replacement.calibrate(_mean_update(anatomy, item, parts[0]))
+                _place(replacement, solved)
+                found[_site(item)] = solved
+            if not waiting:
+                break
+            for batch, streams in chain(*parts):
+                batch.pruned = through(anatomy, segment.places, batch, batch.pruned, "replacement")
+                batch.unpruned = streams.after
+    return found
+
+
+def _in_depth_order(anatomy: Anatomy, segment: Segment, waiting: Sequence[Removal | Writer]) -> list[Removal | Writer]:
+    """What is solved in a segment, the attention first."""
+    index = anatomy.kept_blocks[segment.places[0]]
+    here = [item for item in waiting if _site(item).index == index]
+    return sorted(here, key=_site)
+
+
+def _site(item: Removal | Writer) -> Site:
+    return item.site if isinstance(item, Writer) else item.sites[0]
+
+
+def _refit(
+    anatomy: Anatomy,
+    segment: Segment,
+    writer: Writer,
+    parts: Sequence[Sequence[tuple[CarriedBatch, Streams]]],
+    fitting: Fitting,
+) -> AffineMap:
+    """Solve an output layer: its old weights plus the ridge map from its inputs to what the stream at its target lacks.
+
+    A layer without a bias gets a map without a constant, so that the checkpoint stays plain.
+    """
+    layer = anatomy.output_layer(writer.site)
+    assert isinstance(layer, Slot)
+    assert isinstance(layer.replacement, SolvedLayer)
+    solved_layer = layer.replacement
+    moments = []
+    for part in parts:
+        summed = PairedMoments(solved_layer.weight.shape[1], anatomy.hidden_size)
+        for batch, streams in part:
+            inputs, lack = _inputs_and_lack(anatomy, segment, writer, batch, streams)
+            counts = _counted(batch, streams.ends(writer.site.kind), fitting).to(lack.device)
+            summed.to(lack.device).update(inputs[counts].float(), lack[counts])
+        covariances = summed.covariances()
+        if solved_layer.bias is None:
+            covariances = covariances.about(torch.zeros_like(covariances.x), torch.zeros_like(covariances.y))
+        moments.append(covariances)
+    fit, tune = moments
+    solved = best_map(fit, tune, strengths=STRENGTHS)
+    add(solved_layer.weight, solved.weight)
+    if solved_layer.bias is not None:
+        add(solved_layer.bias, solved.y - solved.weight @ solved.x)
+    return solved
+
+
+def _inputs_and_lack(
+    anatomy: Anatomy, segment: Segment, writer: Writer, batch: CarriedBatch, streams: Streams
+) -> tuple[Tensor, Tensor]:
+    """What an output layer gets, ``(B, T, P)``, and what the pruned stream lacks at its target, ``(B, T, D)`` fp32."""
+    kept: dict[str, Tensor] = {}
+
+    def keep_inputs(_: nn.Module, args: tuple[Any, ...], __: dict[str, Any]) -> None:
+        kept["inputs"] = args[0].detach()
+
+    with hooked((anatomy.output_layer(writer.site), "before", keep_inputs)):
+        pruned = stream_after(anatomy, segment, writer.target, batch, batch.pruned, "replacement")
+    if writer.target.index == writer.site.index:
+        wanted = streams.ends(writer.target.kind)[1]
+    else:
+        wanted = stream_after(anatomy, segment, writer.target, batch, streams.before, "original")
+    return kept["inputs"].view(*pruned.shape[:2], -1), wanted.float() - pruned.float()
+
+
+def _counted(batch: CarriedBatch, ends: Iterable[Tensor], fitting: Fitting) -> Tensor:
+    """Which tokens are fitted to, ``(B, T)`` bool, by the unpruned stream at both ends of a site."""
+    counts = batch.counts
+    for stream in ends if fitting.massive_tokens == "drop" else ():
+        counts = counts.to(stream.device)
+        norms = stream.float().norm(dim=-1)
+        counts = counts & (norms <= MASSIVE_NORM * norms[counts].median())
+    return counts
+
+
+def _moments(
+    anatomy: Anatomy,
+    segment: Segment,
+    removal: Removal,
+    text: Iterable[tuple[CarriedBatch, Streams]],
+    fitting: Fitting,
+) -> Covariances:
+    moments = PairedMoments(anatomy.hidden_size, anatomy.hidden_size)
+    for batch, streams in text:
+        read, target = _read_and_target(anatomy, segment, removal, batch, streams, fitting.order == "sequential")
+        counts = _counted(batch, streams.ends(removal.sites[0].kind), fitting).to(read.device)
+        moments.to(read.device).update(read[counts].float(), target[counts])
+    return moments.covariances()
+
+
+def _read_and_target(
+    anatomy: Anatomy,
+    segment: Segment,
+    removal: Removal,
+    batch: CarriedBatch,
+    streams: Streams,
+    is_sequential: bool,
+) -> tuple[Tensor, Tensor]:
+    """What a replacement reads, and what it should add in fp32, each ``(B, T, D)``."""
+    stream = batch.pruned if is_sequential else streams.before
+    site = removal.sites[0]
+    after = streams.ends(site.kind)[1].float()
+    if site.kind == "block":
+        return stream, after - stream.float()
+    kept: dict[str, Tensor] = {}
+
+    def keep_read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kept["read"] = args[0] if args else kwargs["hidden_states"]
+
+    with hooked((anatomy.chain(site)[0], "before", keep_read)), attention_kept(anatomy, segment.places[0], kept):
+        through(anatomy, segment.places, batch, stream, "replacement" if is_sequential else "original")
+    if site.kind == "mlp":
+        stream = stream + kept["update"].view_as(stream)
+    return kept["read"].view_as(stream), after - stream.float()
+
+
+def _mean_update(anatomy: Anatomy, removal: Removal, text: Iterable[tuple[CarriedBatch, Streams]]) -> Tensor:
+    """The mean update ``(D,)`` of what a removal takes away, in the unpruned stream, over all tokens but padding."""
+    site = removal.sites[0]
+    mean = MeanUpdates([site], anatomy.hidden_size)
+    for batch, streams in text:
+        before, after = (end[batch.counts.to(end.device)].float() for end in streams.ends(site.kind))
+        mean.to(after.device).update(Observation(site, Vectors(before), Vectors(after)))
+    return mean.compute()[site]
+
+
+def _place(replacement: Replacement, solved: AffineMap) -> None:
+    if not isinstance(replacement, MapReplacement):
+        replacement.calibrate(solved.y)
+    elif solved.up is None or solved.down is None:
+        replacement.start_from(solved.x, solved.y, solved.weight, torch.eye(len(solved.x)).to(solved.weight))
+    else:
+        replacement.start_from(solved.x, solved.y, solved.up, solved.down)

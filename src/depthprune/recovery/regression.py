@@ -1,0 +1,211 @@
+"""Least squares from streamed sums: ridge-regularised affine maps and reduced-rank regression.
+
+Everything here follows from means and covariances, so memory does not grow with the text, and the error on text that a
+map was not fitted to needs no second look at that text either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+NO_TOKEN = "There is no token to score or calibrate on: the batches are empty, all padding, or all left out."
+STRENGTHS = tuple(10.0**power for power in range(-7, 2))
+"""Ridges that are tried, as shares of the mean variance of the inputs."""
+
+
+@dataclass(frozen=True)
+class Covariances:
+    """Means and covariances of inputs ``x (P,)`` and targets ``y (Q,)`` over some tokens, fp64.
+
+    Attributes:
+        tokens: how many.
+        x: mean of the inputs, ``(P,)``.
+        y: mean of the targets, ``(Q,)``.
+        xx: covariance of the inputs, ``(P, P)``.
+        xy: of inputs with targets, ``(P, Q)``.
+        variance: summed variance of the targets, a scalar.
+    """
+
+    tokens: int
+    x: Tensor
+    y: Tensor
+    xx: Tensor
+    xy: Tensor
+    variance: Tensor
+
+    def about(self, x: Tensor, y: Tensor) -> Covariances:
+        """The same second moments about other means than their own."""
+        dx, dy = self.x - x, self.y - y
+        second = self.xx + torch.outer(dx, dx), self.xy + torch.outer(dx, dy), self.variance + dy @ dy
+        return Covariances(self.tokens, x, y, *second)
+
+
+class PairedMoments(Metric):
+    """Sums over tokens from which :class:`Covariances` follow, pooled over processes.
+
+    Args:
+        inputs: P.
+        targets: Q.
+    """
+
+    full_state_update = False
+    tokens: Tensor
+    x: Tensor
+    y: Tensor
+    xx: Tensor
+    xy: Tensor
+    yy: Tensor
+
+    def __init__(self, inputs: int, targets: int, **kwargs: object) -> None:
+        super().__init__(**kwargs)
+        shapes = {
+            "tokens": (),
+            "x": (inputs,),
+            "y": (targets,),
+            "xx": (inputs, inputs),
+            "xy": (inputs, targets),
+            "yy": (),
+        }
+        for name, shape in shapes.items():
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, inputs: Tensor, targets: Tensor) -> None:
+        """Add tokens.
+
+        Args:
+            inputs: ``(N, P)``.
+            targets: ``(N, Q)``.
+        """
+        inputs, targets = inputs.to(self.x), targets.to(self.y)
+        self.tokens += len(inputs)
+        self.x += inputs.sum(0)
+        self.y += targets.sum(0)
+        self.xx.addmm_(inputs.T, inputs)
+        self.xy.addmm_(inputs.T, targets)
+        self.yy += targets.square().sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """The sums over all tokens and processes, by name."""
+        return {name: getattr(self, name) for name in self._defaults}
+
+    def covariances(self) -> Covariances:
+        """Means and covariances over all tokens and processes so far.
+
+        Raises:
+            ValueError: there were no tokens, or a sum is not finite.
+        """
+        sums = {name: value.view(getattr(self, name).shape) for name, value in self.compute().items()}
+        count = int(sums.pop("tokens"))
+        if not count:
+            raise ValueError(NO_TOKEN)
+        if not all(value.isfinite().all() for value in sums.values()):
+            raise ValueError("The stream is not finite: check the model's weights and the text.")
+        x, y, xx, xy, yy = (sums[name] / count for name in ("x", "y", "xx", "xy", "yy"))
+        return Covariances(count, x, y, xx - torch.outer(x, x), xy - torch.outer(x, y), yy - y @ y)
+
+
+class RidgePath:
+    """Ridge regression of every strength, and of every rank, from one eigendecomposition.
+
+    For strength ``s`` the map ``W (Q, P)`` minimises ``E|dy - W dx|^2 + s v |W|^2`` with ``v`` the mean variance of the
+    inputs; of rank ``r``, it is ``V V' W`` with ``V`` the top ``r`` eigenvectors of ``W xy``, the optimum among maps of
+    that rank (Izenman 1975, for the design with the ridge as further rows).
+
+    Args:
+        fit: the moments to fit to.
+    """
+
+    def __init__(self, fit: Covariances) -> None:
+        self.fit = fit
+        values, self._vectors = torch.linalg.eigh(fit.xx)
+        self._values = values.clamp_min(0)
+        self._rotated = self._vectors.T @ fit.xy
+
+    @cached_property
+    def unit(self) -> Tensor:
+        """The mean variance of the inputs, in which strengths are given."""
+        return self._values.mean() + torch.finfo(torch.float64).tiny
+
+    def weight(self, strength: float) -> Tensor:
+        """The map of one strength, ``(Q, P)``."""
+        return (self._vectors @ (self._rotated / (self._values + strength * self.unit)[:, None])).T
+
+    def directions(self, weight: Tensor) -> Tensor:
+        """The output directions of one strength's map by what they explain, ``(Q, Q)``, the most first, in columns."""
+        explained = weight @ self.fit.xy
+        return torch.linalg.eigh((explained + explained.T) / 2)[1].flip(1)
+
+    def errors_by_rank(self, weight: Tensor, directions: Tensor, held_out: Covariances) -> Tensor:
+        """Mean squared error on held-out tokens of the map at ranks 0 to Q, ``(Q + 1,)``."""
+        held_out = held_out.about(self.fit.x, self.fit.y)
+        rows = directions.T @ weight  # (Q, P): what each direction's weight is
+        explained = (rows * (held_out.xy @ directions).T).sum(1)
+        size = ((rows @ held_out.xx) * rows).sum(1)
+        gains = torch.cat([explained.new_zeros(1), (2 * explained - size).cumsum(0)])
+        return held_out.variance - gains
+
+    def error(self, weight: Tensor, held_out: Covariances) -> Tensor:
+        """Mean squared error on held-out tokens of the whole map, a scalar."""
+        held_out = held_out.about(self.fit.x, self.fit.y)
+        return held_out.variance - 2 * (weight.T * held_out.xy).sum() + ((weight @ held_out.xx) * weight).sum()
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    """``y + up down (input - x)``, or with a whole ``weight`` in place of ``up down``.
+
+    Attributes:
+        x: mean of the inputs, ``(P,)``.
+        y: mean of the targets, ``(Q,)``.
+        weight: ``(Q, P)``; of a rank, ``up @ down``.
+        up: ``(Q, r)``; None for a whole map.
+        down: ``(r, P)``.
+        strength: the ridge that was chosen.
+        error: mean squared error on the held-out tokens, as a share of that of the constant ``y``.
+    """
+
+    x: Tensor
+    y: Tensor
+    weight: Tensor
+    up: Tensor | None
+    down: Tensor | None
+    strength: float
+    error: float
+
+
+def best_map(
+    fit: Covariances, tune: Covariances, rank: int | None = None, strengths: Sequence[float] = STRENGTHS
+) -> AffineMap:
+    """The affine map of the ridge that has the lowest error on held-out tokens.
+
+    Args:
+        fit: moments of the tokens that it is fitted to.
+        tune: of the held-out ones.
+        rank: the map's; any if not given.
+        strengths: the ridges to choose from, as shares of the mean variance of the inputs.
+    """
+    path = RidgePath(fit)
+    constant = tune.about(fit.x, fit.y).variance
+    best: AffineMap | None = None
+    for strength in strengths:
+        weight = path.weight(strength)
+        up = down = None
+        if rank is None:
+            error = path.error(weight, tune)
+        else:
+            directions = path.directions(weight)
+            error = path.errors_by_rank(weight, directions, tune)[rank]
+            up = directions[:, :rank]
+            down = up.T @ weight
+            weight = up @ down
+        share = float(error / constant)
+        if best is None or share < best.error:
+            best = AffineMap(fit.x, fit.y, weight, up, down, strength, share)
+    assert best is not None, "strengths is not empty"
+    return best

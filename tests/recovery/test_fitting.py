@@ -1,0 +1,216 @@
+"""Maps fitted in a model's stream, against models changed by hand and least squares on their activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from depthprune.pruning import swapped
+from depthprune.recovery.closed_form import calibrate_on
+from depthprune.recovery.fitting import Fitting
+from depthprune.replacements import EmulatedUpdate, Linear, LowRankAdapter, Replacement
+from depthprune.sites import PruningPlan, Removal, Site
+from depthprune.surgery import install_slots, open_slots, site_slots
+from tests import brute_force
+from tests.brute_force import NOTHING, Update
+from tests.tiny_models import FAMILIES, WIDTH, calibration, tiny_batch, tiny_model
+
+KEEP = Fitting("sequential", "keep")
+STRENGTH = 0.03
+HELD_OUT = [tiny_batch("right", 6, 20, seed=31)]
+
+Text = Iterable[Mapping[str, Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def one_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single strength, so that a map is known from the text alone."""
+    monkeypatch.setattr("depthprune.recovery.fitting.STRENGTHS", (STRENGTH,))
+
+
+def text() -> list[dict[str, Tensor]]:
+    return [*calibration(), tiny_batch("left", 6, 20, seed=14)]
+
+
+def reads(model: PreTrainedModel, name: str, batches: Text) -> Tensor:
+    """What a site reads, ``(N, D)`` without padding."""
+    if name.startswith("block"):
+        return torch.cat([brute_force.streams(model, batch)[name][0] for batch in batches])
+    found: list[Tensor] = []
+
+    def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args[0] if args else kwargs["hidden_states"]).reshape(-1, WIDTH))
+
+    rows = []
+    for batch in batches:
+        handle = brute_force.part(model, name).register_forward_pre_hook(see, with_kwargs=True)
+        with torch.no_grad():
+            model(**batch, use_cache=False)
+        handle.remove()
+        rows.append(found[-1][batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten().bool()])
+    return torch.cat(rows)
+
+
+def stream(model: PreTrainedModel, name: str, end: int, batches: Text) -> Tensor:
+    """The stream before (0) or after (1) a site, ``(N, D)`` without padding."""
+    return torch.cat([brute_force.streams(model, batch)[name][end] for batch in batches])
+
+
+def ridge(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean input, mean target and map by least squares on rows that stand for the ridge, in float64."""
+    inputs, targets = inputs.double(), targets.double()
+    x, y = inputs.mean(0), targets.mean(0)
+    unit = (inputs - x).square().mean()
+    rows = torch.cat([inputs - x, torch.eye(inputs.shape[1]).double() * (len(inputs) * STRENGTH * unit).sqrt()])
+    solution = torch.linalg.lstsq(
+        rows, torch.cat([targets - y, torch.zeros(inputs.shape[1], targets.shape[1])])
+    ).solution
+    return x, y, solution.T
+
+
+def affine(x: Tensor, y: Tensor, weight: Tensor) -> Update:
+    return lambda read: (y + (read.double() - x) @ weight.T).to(read.dtype)
+
+
+def check(replacement: Any, wanted: tuple[Tensor, Tensor, Tensor], name: str) -> None:
+    """A replacement adds what the map by hand adds."""
+    read = torch.randn(3, 4, WIDTH, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(replacement(read), affine(*wanted)(read), rtol=2e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequential_maps_of_every_family(family: str) -> None:
+    model = tiny_model(family)
+    names = ("attention.0", "block.2", "attention.4", "mlp.4")
+    plan = PruningPlan.of(*names, replacement="linear")
+    done: dict[str, Update] = {}
+    solved = {}
+    for name in names:
+        pruned = brute_force.without(model, done | {name: NOTHING})
+        # a parallel block's MLP adds to the stream after its attention, whatever the attention's update is
+        inside = brute_force.without(model, done) if name == "mlp.4" else pruned
+        before = stream(inside, "attention.4", 1, text()) if name == "mlp.4" else stream(pruned, name, 0, text())
+        target = stream(model, "block.4" if name == "mlp.4" else name, 1, text()) - before
+        solved[name] = ridge(reads(pruned, name, text()), target)
+        done[name] = affine(*solved[name])
+    install_slots(model, plan)
+    calibrate_on(model, plan, text(), HELD_OUT, KEEP)
+    for name in names:
+        slot = site_slots(model, plan)[Site.parse(name)]
+        assert isinstance(slot.replacement, Linear)
+        check(slot.replacement, solved[name], name)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "opt"])
+def test_independent_maps(family: str) -> None:
+    model = tiny_model(family)
+    names = ("block.1", "attention.3", "mlp.3", "block.4")
+    plan = PruningPlan.of(*names, replacement="linear")
+    wanted = {
+        name: ridge(reads(model, name, text()), stream(model, name, 1, text()) - stream(model, name, 0, text()))
+        for name in names
+    }
+    install_slots(model, plan)
+    calibrate_on(model, plan, text(), HELD_OUT, Fitting("independent", "keep"))
+    for site, slot in site_slots(model, plan).items():
+        check(slot.replacement, wanted[str(site)], str(site))
+
+
+def test_a_run_of_blocks_has_one_map() -> None:
+    model = tiny_model()
+    plan = PruningPlan((Removal((Site(1, "block"), Site(2, "block"), Site(3, "block")), "linear"),))
+    before, after = stream(model, "block.1", 0, text()), stream(model, "block.3", 1, text())
+    install_slots(model, plan)
+    (site, found), *others = calibrate_on(model, plan, text(), HELD_OUT, KEEP).items()
+    assert str(site) == "block.1"
+    assert not others
+    replacement = site_slots(model, plan)[site].replacement
+    check(replacement, ridge(before, after - before), "run")
+    assert isinstance(replacement, Replacement)
+    torch.testing.assert_close(replacement.mean, (after - before).mean(0), rtol=1e-4, atol=1e-5)
+    assert found.strength == STRENGTH
+
+
+@pytest.mark.parametrize("rank", [1, 5, WIDTH])
+@pytest.mark.parametrize("alpha", [None, 3.0, -2.0])
+def test_adapters_start_at_their_rank(rank: int, alpha: float | None) -> None:
+    model = tiny_model()
+    plan = PruningPlan.of("mlp.2", replacement="low_rank_adapter", rank=rank, alpha=alpha)
+    before, after = (stream(model, "mlp.2", end, text()) for end in (0, 1))
+    read = reads(model, "mlp.2", text())
+    x, y, weight = ridge(read, after - before)
+    values, vectors = torch.linalg.eigh(weight @ (read.double() - x).T @ (after - before - y).double())
+    top = vectors[:, values.argsort(descending=True)[:rank]]
+    install_slots(model, plan)
+    calibrate_on(model, plan, text(), HELD_OUT, KEEP)
+    replacement = site_slots(model, plan)[Site(2, "mlp")].replacement
+    assert isinstance(replacement, LowRankAdapter)
+    check(replacement, (x, y, top @ top.T @ weight), f"rank {rank}")
+    sizes = [torch.linalg.matrix_norm(part.weight) for part in (replacement.up, replacement.down)]
+    torch.testing.assert_close(*sizes)
+
+
+def test_a_constant_from_the_pruned_stream() -> None:
+    model = tiny_model()
+    plan = PruningPlan(
+        (
+            *PruningPlan.of("block.1", replacement="emulated_update").removals,
+            *PruningPlan.of("block.3", replacement="emulated_update", source="sequential").removals,
+        )
+    )
+    first = brute_force.constant((stream(model, "block.1", 1, text()) - stream(model, "block.1", 0, text())).mean(0))
+    pruned = brute_force.without(model, {"block.1": first, "block.3": NOTHING})
+    wanted = (stream(model, "block.3", 1, text()) - stream(pruned, "block.3", 0, text())).mean(0)
+    install_slots(model, plan)
+    calibrate_on(model, plan, text(), HELD_OUT, KEEP)
+    replacement = site_slots(model, plan)[Site(3, "block")].replacement
+    assert isinstance(replacement, EmulatedUpdate)
+    torch.testing.assert_close(replacement.mean, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_massive_tokens_are_left_out() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        next(model.get_input_embeddings().parameters())[7] *= 300
+    batches = text()
+    batches[0]["input_ids"][:, -1] = 7
+    before, after = (stream(model, "block.2", end, batches) for end in (0, 1))
+    kept = before.norm(dim=1) < 10 * before.norm(dim=1).median()
+    assert 0 < (~kept).sum() < 10
+    plan = PruningPlan.of("block.2", replacement="linear")
+    install_slots(model, plan)
+    for massive, chosen in (("drop", kept), ("keep", torch.ones_like(kept))):
+        calibrate_on(model, plan, batches, HELD_OUT, Fitting("sequential", massive))
+        replacement = site_slots(model, plan)[Site(2, "block")].replacement
+        check(replacement, ridge(before[chosen], (after - before)[chosen]), massive)
+        assert isinstance(replacement, Replacement)
+        torch.testing.assert_close(replacement.mean, (after - before).mean(0), rtol=1e-3, atol=1e-3)
+
+
+def test_the_model_is_what_it_was() -> None:
+    model, plan = tiny_model(), PruningPlan.of("block.1", "attention.3", replacement="linear")
+    before = brute_force.plain_logits(model, tiny_batch())
+    model.train()
+    with swapped(model, plan, text()):
+        assert model.training
+        assert {slot.slot_position for slot in open_slots(model).values()} == {"replacement"}
+    model.eval()
+    assert torch.equal(brute_force.plain_logits(model, tiny_batch()), before)
+
+
+def test_text_that_cannot_be_split() -> None:
+    model, plan = tiny_model(), PruningPlan.of("block.1", replacement="linear")
+    one = {"input_ids": torch.full((1, 5), 4)}
+    with pytest.raises(ValueError, match="give two or more"), swapped(model, plan, [one]):
+        pass
+    with swapped(model, plan, [{"input_ids": torch.tensor([[4, 5, 6], [7, 8, 9]])}]):
+        pass
+    with pytest.raises(ValueError, match="order of fitting 'backwards'"):
+        Fitting("backwards")
+    with pytest.raises(ValueError, match="'dropped'"):
+        Fitting(massive_tokens="dropped")
