@@ -195,3 +195,18 @@ def test_no_plan_there(tmp_path: Path) -> None:
         PruningPlan.load(tmp_path / "nothing.json")
     with pytest.raises(ValueError, match="Cannot read a pruning plan from"):
         PruningPlan.load(tmp_path)
+
+
+def test_runs_share_one_replacement() -> None:
+    plan = PruningPlan.of("block.1", "block.2", "attention.3", "block.4", "block.5", "block.7", replacement="linear")
+    plan = PruningPlan((*plan.removals, Removal(blocks(6))))
+    shared = plan.with_shared_runs()
+    assert [removal.sites for removal in shared.removals] == [
+        blocks(1, 2),
+        (Site(3, "attention"),),
+        blocks(4, 5),
+        blocks(6),
+        blocks(7),
+    ]
+    assert shared.sites == plan.sites
+    assert shared.with_shared_runs() == shared

@@ -22,10 +22,12 @@ class Writer:
     Attributes:
         site: the attention or MLP.
         target: the pruned stream after this site is to be that of the unpruned model after it.
+        through: see :class:`~depthprune.replacements.Refit`.
     """
 
     site: Site
     target: Site
+    through: str = "inputs"
 
 
 def writers(anatomy: Anatomy, plan: PruningPlan) -> tuple[Writer, ...]:
@@ -39,8 +41,8 @@ def writers(anatomy: Anatomy, plan: PruningPlan) -> tuple[Writer, ...]:
     owner = _owners(plan)
     order = [Site(index, kind) for index in anatomy.kept_blocks for kind in ("attention", "mlp")]
     order = [site for site in order if site in anatomy.sites((site.kind,))]
-    targets: dict[Site, Site] = {}
-    kept_after: list[tuple[list[Site], int]] = []
+    found: dict[Site, Writer] = {}
+    kept_after: list[Writer] = []
     place = 0
     while place < len(order):
         removal = owner.get(order[place])
@@ -58,15 +60,14 @@ def writers(anatomy: Anatomy, plan: PruningPlan) -> tuple[Writer, ...]:
                 raise ValueError(
                     f"Next to {order[place]} nothing is kept that could be refit: keep a site beside it, or use linear."
                 )
-            targets |= dict.fromkeys(before[: options.before], order[end - 1])
-            kept_after.append((after, options.after))
+            found |= {site: Writer(site, order[end - 1], options.through) for site in before[: options.before]}
+            kept_after += [Writer(site, site, options.through) for site in after[: options.after]]
         place = end
-    for after, count in kept_after:
-        for site in after[:count]:
-            targets.setdefault(site, site)
-    for site in targets:
+    for writer in kept_after:
+        found.setdefault(writer.site, writer)
+    for site in found:
         anatomy.output_layer(site)
-    return tuple(Writer(site, targets[site]) for site in order if site in targets)
+    return tuple(found[site] for site in order if site in found)
 
 
 def layers(anatomy: Anatomy, plan: PruningPlan) -> dict[Site, nn.Module]:

@@ -30,10 +30,15 @@ def assign(parameter: Tensor, value: Tensor) -> None:
         parameter.copy_(value)
 
 
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter's value, which may be spread over processes."""
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
+
+
 def add(parameter: Tensor, value: Tensor) -> None:
     """Add a value to a parameter, which may be spread over processes."""
-    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-    assign(parameter, whole.detach() + value.to(whole))
+    own = whole(parameter)
+    assign(parameter, own + value.to(own))
 
 
 class Replacement(nn.Module):
@@ -128,14 +133,19 @@ class Refit(Replacement):
         before: how many attentions and MLPs before the cut have their output layers solved: towards the stream after
             the cut.
         after: how many after the cut: each towards the stream after itself.
+        through: ``"inputs"``: a layer's weights change by any map of what it gets; ``"outputs"``: only by a map of what
+            it writes, as in ReplaceMe (arXiv 2505.02819).
     """
 
-    def __init__(self, hidden_size: int = 1, before: int = 1, after: int = 4) -> None:
+    def __init__(self, hidden_size: int = 1, before: int = 1, after: int = 4, through: str = "inputs") -> None:
         super().__init__(hidden_size)
+        if through not in ("inputs", "outputs"):
+            raise unknown_name("way through which a layer is refit", through, ("inputs", "outputs"))
         if before < 0 or after < 0 or before + after == 0:
             raise ValueError(f"A refit of {before} layers before and {after} after the cut: give 1 or more in all.")
         self.before = before
         self.after = after
+        self.through = through
 
 
 class SolvedLayer(nn.Module):

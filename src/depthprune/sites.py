@@ -193,6 +193,22 @@ class PruningPlan:
         """The same sites with another replacement everywhere."""
         return replace(self, removals=tuple(Removal(r.sites, replacement, options) for r in self.removals))
 
+    def with_shared_runs(self) -> PruningPlan:
+        """The same plan with one replacement for each run of adjacent blocks that have the same."""
+        merged: list[Removal] = []
+        for removal in self.removals:
+            last = merged[-1] if merged else None
+            if (
+                last is not None
+                and last.sites[-1].kind == removal.sites[0].kind == "block"
+                and last.sites[-1].index + 1 == removal.sites[0].index
+                and (last.replacement, last.options) == (removal.replacement, removal.options)
+            ):
+                merged[-1] = replace(last, sites=last.sites + removal.sites)
+            else:
+                merged.append(removal)
+        return replace(self, removals=tuple(merged))
+
     def followed_by(self, later: PruningPlan) -> PruningPlan:
         """This plan and a later one together, for a model that is pruned a second time."""
         provenance = _chained(self.provenance, later.provenance) if later.provenance else self.provenance

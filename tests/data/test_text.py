@@ -87,6 +87,7 @@ def test_embedded_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = list(read_documents(TextSource("tiny")))
     assert [document.text for document in documents] == WORDS
     assert {document.group for document in documents} == {"g"}
+    assert open_text(TextSource("tiny", sample=1, samples=2)).source.sample == 1
 
 
 def test_documents_with_the_same_words_share_a_group(tmp_path: Path) -> None:
@@ -301,3 +302,23 @@ def test_files_of_another_format_are_told(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("three\n")
     with pytest.warns(UserWarning, match=r"of another format, and left out: \['c\.txt'\]"):
         assert texts(TextSource(str(tmp_path))) == ["one", "two"]
+
+
+def test_samples_are_disjoint_and_complete_in_every_role(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "text.jsonl", [{"text": f"document {number}"} for number in range(600)])
+    shares, parts = RoleShares(), Counter[str]()
+    for role in ROLES:
+        for sample in range(3):
+            text = open_text(TextSource(str(path), sample=sample, samples=3))
+            found = [document.text for document in role_documents(text, role, shares)]
+            assert len(found) > 10
+            parts.update(found)
+    assert parts == Counter(f"document {number}" for number in range(600))
+    prints = {open_text(TextSource(str(path), sample=sample, samples=3)).fingerprint for sample in range(3)}
+    assert len(prints) == 3
+
+
+@pytest.mark.parametrize(("sample", "samples"), [(1, 1), (-1, 2), (0, 0)])
+def test_samples_that_do_not_exist(sample: int, samples: int) -> None:
+    with pytest.raises(ValueError, match=f"There is no sample {sample} of {samples}"):
+        TextSource("xsum", sample=sample, samples=samples)

@@ -173,3 +173,27 @@ def test_as_data_and_back() -> None:
     assert Interval.from_dict(known.to_dict()) == known
     assert Interval(0.5, math.nan, math.nan).to_dict() == {"value": 0.5, "low": None, "high": None}
     assert math.isnan(Interval.from_dict({"value": 0.5, "low": None, "high": None}).low)
+
+
+def test_the_share_recovered_and_its_interval() -> None:
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(20, 200, 60).astype(float)
+    unpruned, bare = tokens * rng.normal(3, 0.5, 60), tokens * rng.normal(4, 0.5, 60)
+    own = bare - 0.6 * (bare - unpruned) + tokens * rng.normal(0, 0.1, 60)
+    parts = [losses(list(nats), list(tokens)) for nats in (own, bare, unpruned)]
+    share = parts[0].recovered(parts[1], parts[2])
+    assert share.value == pytest.approx((bare - own).sum() / (bare - unpruned).sum())
+    drawn = rng.integers(0, 60, (20000, 60))
+    ratios = (bare - own)[drawn].sum(1) / (bare - unpruned)[drawn].sum(1)
+    assert share.low == pytest.approx(np.quantile(ratios, 0.025), abs=0.005)
+    assert share.high == pytest.approx(np.quantile(ratios, 0.975), abs=0.005)
+    assert parts[1].recovered(parts[1], parts[2]).value == 0
+    halves = [
+        [losses(list(part[place]), list(tokens[place])) for place in (slice(30), slice(30, None))]
+        for part in (own, bare, unpruned)
+    ]
+    pooled = [DomainLoss.pooled(half) for half in halves]
+    assert pooled[0].recovered(pooled[1], pooled[2]) == share
+    one = [losses([nats], [10]) for nats in (3.5, 4.0, 3.0)]
+    assert one[0].recovered(one[1], one[2]).value == pytest.approx(0.5)
+    assert math.isnan(one[0].recovered(one[1], one[2]).low)

@@ -4,6 +4,7 @@ import glob
 import re
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -122,7 +123,7 @@ def _locate(source: TextSource) -> tuple[TextSource, dict[str, Any]]:
     if source.path in embedded.TEXTS:
         _refuse_ignored(source, "is embedded and has its own", "name", "revision", "split", "files", "column")
         file = embedded.text_file(source.path)
-        known = TextSource(source.path, column="text", group_column="group", bad_rows=source.bad_rows)
+        known = replace(source, column="text", group_column="group")
         return known, {"path": "json", "data_files": {known.split: glob.escape(str(file))}}
     path = Path(source.path).expanduser()
     if path.is_file():

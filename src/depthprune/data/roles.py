@@ -36,6 +36,11 @@ def role_of(group: str, shares: RoleShares) -> str:
     return max(ROLES, key=lambda role: getattr(shares, role))  # the shares sum to a little less than 1
 
 
+def sample_of(group: str, samples: int) -> int:
+    """Which of so many disjoint samples the documents of a group belong to; independent of their role."""
+    return int.from_bytes(digest(f"sample:{group}")[:8], "big") % samples
+
+
 def digest(text: str) -> bytes:
     """16 bytes that depend on the text alone, on every machine and in every run."""
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -18,7 +18,7 @@ import pyarrow as pa
 from datasets import IterableDataset
 from torch.utils.data import get_worker_info
 
-from depthprune.data.roles import ROLES, RoleShares, digest, role_of
+from depthprune.data.roles import ROLES, RoleShares, digest, role_of, sample_of
 from depthprune.names import unknown_name
 
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
@@ -45,6 +45,8 @@ class TextSource:
             only documents with the same words do.
         bad_rows: what is done with a row whose text is missing or no text, and with the rest of a file that cannot be
             read further: ``error``, or ``skip`` to leave them out and say how many there were.
+        sample: which of ``samples`` to read, counted from 0.
+        samples: disjoint parts, by groups of documents, that the text falls into; all of it if 1.
     """
 
     path: str
@@ -55,6 +57,15 @@ class TextSource:
     column: str = "text"
     group_column: str | None = None
     bad_rows: str = "error"
+    sample: int = 0
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sample < self.samples:
+            raise ValueError(
+                f"There is no sample {self.sample} of {self.samples}: number them from 0 to samples - 1, and make "
+                "samples 1 or more."
+            )
 
     @property
     def title(self) -> str:
@@ -110,6 +121,8 @@ class Text:
         sizes = [Path(file).stat().st_size if Path(file).is_file() else "" for file in self.files]
         files = [f"{PurePosixPath(file).name} {size}" for file, size in zip(self.files, sizes, strict=True)]
         parts = [source.split, source.column, str(source.group_column), *files]
+        if source.samples > 1:
+            parts.append(f"{source.sample}/{source.samples}")
         return digest("\n".join(parts)).hex()
 
     def documents(self, file_index: int = 0, row: int = 0) -> Iterator[Document]:
@@ -196,7 +209,12 @@ def role_documents(
     """
     if role not in ROLES:
         raise unknown_name("role", role, ROLES)
-    return (item for item in text.documents(file_index, row) if role_of(item.group, shares) == role)
+    source = text.source
+    return (
+        item
+        for item in text.documents(file_index, row)
+        if role_of(item.group, shares) == role and sample_of(item.group, source.samples) == source.sample
+    )
 
 
 def file_format(path: PurePosixPath | Path) -> str | None:

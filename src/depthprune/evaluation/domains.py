@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +105,34 @@ class DomainLoss:
             rng=np.random.default_rng(0),
         )
         return Interval(value, float(result.confidence_interval.low), float(result.confidence_interval.high))
+
+    def recovered(self, bare: DomainLoss, unpruned: DomainLoss) -> Interval:
+        """Which share of what pruning did came back: ``(bare - this) / (bare - unpruned)``, paired by document.
+
+        Args:
+            bare: the loss with nothing in the removed places.
+            unpruned: the loss of the unpruned model.
+        """
+        present = self.tokens > 0
+        back, damage = (bare.nats - self.nats)[present], (bare.nats - unpruned.nats)[present]
+        value = float(back.sum() / damage.sum())
+        if len(back) < 2:
+            return Interval(value, math.nan, math.nan)
+        result = bootstrap(
+            (back, damage),
+            lambda one, other, axis: one.sum(axis) / other.sum(axis),
+            paired=True,
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        )
+        return Interval(value, float(result.confidence_interval.low), float(result.confidence_interval.high))
+
+    @classmethod
+    def pooled(cls, parts: Sequence[DomainLoss]) -> DomainLoss:
+        """The loss on the documents of several disjoint samples together."""
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("nats", "tokens", "bytes")))
 
     def to_dict(self) -> dict[str, list[float]]:
         """The sums as JSON-ready data."""

@@ -19,7 +19,7 @@ from depthprune.recovery.carried import CarriedBatch, carry, hooked, through
 from depthprune.recovery.regression import STRENGTHS, AffineMap, Covariances, PairedMoments, best_map
 from depthprune.recovery.segments import Segment, Streams, attention_kept, segments, stream_after, unpruned_streams
 from depthprune.refit import Writer, writers
-from depthprune.replacements import MapReplacement, Replacement, SolvedLayer, add, is_fitted
+from depthprune.replacements import MapReplacement, Replacement, SolvedLayer, add, is_fitted, whole
 from depthprune.sites import PruningPlan, Removal, Site
 from depthprune.surgery import Slot, site_slots
 
@@ -126,20 +126,23 @@ def _refit(
     assert isinstance(layer, Slot)
     assert isinstance(layer.replacement, SolvedLayer)
     solved_layer = layer.replacement
+    width = solved_layer.weight.shape[1]
+    old = whole(solved_layer.weight) if writer.through == "outputs" else None  # (Q, P)
     moments = []
     for part in parts:
-        summed = PairedMoments(solved_layer.weight.shape[1], anatomy.hidden_size)
+        summed = PairedMoments(anatomy.hidden_size if old is not None else width, anatomy.hidden_size)
         for batch, streams in part:
             inputs, lack = _inputs_and_lack(anatomy, segment, writer, batch, streams)
             counts = _counted(batch, streams.ends(writer.site.kind), fitting).to(lack.device)
-            summed.to(lack.device).update(inputs[counts].float(), lack[counts])
+            rows = inputs[counts].float()
+            summed.to(lack.device).update(rows if old is None else rows @ old.T, lack[counts])
         covariances = summed.covariances()
         if solved_layer.bias is None:
             covariances = covariances.about(torch.zeros_like(covariances.x), torch.zeros_like(covariances.y))
         moments.append(covariances)
     fit, tune = moments
     solved = best_map(fit, tune, strengths=STRENGTHS)
-    add(solved_layer.weight, solved.weight)
+    add(solved_layer.weight, solved.weight if old is None else solved.weight @ old.to(solved.weight))
     if solved_layer.bias is not None:
         add(solved_layer.bias, solved.y - solved.weight @ solved.x)
     return solved

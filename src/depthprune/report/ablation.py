@@ -1,0 +1,162 @@
+"""The results of an ablation as a table, a figure and Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from depthprune.evaluation.domains import DomainLoss, Interval
+from depthprune.plotting import BLUE, GREY, errors, legend, new_figure, tidy
+from depthprune.report.markdown import escaped
+from depthprune.report.markdown import table as markdown_table
+
+UNPRUNED, BARE = "unpruned", "none"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one rung does on one domain, over all samples.
+
+    Attributes:
+        label: the rung.
+        domain: the domain.
+        loss: mean nats per token.
+        recovered: the share of the damage that came back.
+        by_sample: the same for each sample.
+        above_baseline: loss minus the baseline's.
+        parameters: that stand in the removed sites.
+        seconds: to find them, the mean over samples.
+    """
+
+    label: str
+    domain: str
+    loss: float
+    recovered: Interval
+    by_sample: tuple[float, ...]
+    above_baseline: Interval
+    parameters: int
+    seconds: float
+
+
+def rows(content: Mapping[str, Any]) -> list[Row]:
+    """All rungs on all domains, in the order of the configuration; samples that lack a rung are left out."""
+    samples = [part for _, part in sorted(content["losses"].items(), key=lambda item: int(item[0]))]
+    labels = list(samples[0])
+    samples = [part for part in samples if set(labels) <= set(part)]
+    baseline = content["config"]["baseline"]
+    found = []
+    for domain in samples[0][UNPRUNED]["losses"]:
+        by_label = {
+            label: [DomainLoss.from_dict(part[label]["losses"][domain]) for part in samples] for label in labels
+        }
+        pooled = {label: DomainLoss.pooled(parts) for label, parts in by_label.items()}
+        for label in labels:
+            bounds = zip(by_label[label], by_label[BARE], by_label[UNPRUNED], strict=True)
+            found.append(
+                Row(
+                    label,
+                    domain,
+                    pooled[label].loss,
+                    pooled[label].recovered(pooled[BARE], pooled[UNPRUNED]),
+                    tuple((bare.loss - own.loss) / (bare.loss - unpruned.loss) for own, bare, unpruned in bounds),
+                    pooled[label].minus(pooled[baseline]),
+                    samples[0][label]["parameters"],
+                    sum(part[label]["seconds"] for part in samples) / len(samples),
+                )
+            )
+    return found
+
+
+def report(content: Mapping[str, Any]) -> str:
+    """The results as Markdown, a table for each domain."""
+    config, found = content["config"], rows(content)
+    first = found[0].domain
+    tokens = {domain: _size(content, domain) for domain in dict.fromkeys(row.domain for row in found)}
+    parts = [
+        f"# Ways to recover: {escaped(config['model'])}",
+        f"{config['samples']} disjoint samples; fitted to {config['calibration_sequences']} sequences of "
+        f"{config['sequence_length']} tokens of {first} each. Recovered is the share of the loss that came back, (none "
+        "- rung) / (none - unpruned), pooled over samples, with a 95% interval by bootstrap over documents, paired; "
+        "behind it the share on each sample. * where the interval of the difference to "
+        f"{escaped(config['baseline'])} excludes 0.",
+        "![Share recovered](ablation.png)",
+    ]
+    for domain, (count, documents) in tokens.items():
+        body = [
+            [
+                escaped(row.label),
+                f"{row.loss:.3f}",
+                "–" if row.label in (UNPRUNED, BARE) else _share(row.recovered),
+                "–" if row.label in (UNPRUNED, BARE) else ", ".join(f"{100 * share:.0f}" for share in row.by_sample),
+                "–" if row.label == config["baseline"] else _gap(row.above_baseline),
+                f"{row.parameters:,}",
+                f"{row.seconds:.0f}",
+            ]
+            for row in found
+            if row.domain == domain
+        ]
+        header = ["rung", "loss", "recovered, %", "by sample", f"minus {config['baseline']}", "parameters", "seconds"]
+        parts += [
+            f"## {escaped(domain)}",
+            f"{count} predicted tokens of {documents} documents"
+            + ("; a quick run." if documents < 200 or count < 50_000 else "."),
+            markdown_table(header, body),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def console_table(content: Mapping[str, Any]) -> Table:
+    """Share recovered by rung and domain."""
+    found = rows(content)
+    domains = list(dict.fromkeys(row.domain for row in found))
+    table = Table(title="Recovered share of the loss, % [95%]", title_justify="left", box=None)
+    for column in ("rung", *domains):
+        table.add_column(column, justify="left" if column == "rung" else "right", no_wrap=column == "rung")
+    for label in dict.fromkeys(row.label for row in found):
+        if label not in (UNPRUNED, BARE):
+            table.add_row(label, *(_share(row.recovered) for row in found if row.label == label))
+    return table
+
+
+def ablation_figure(content: Mapping[str, Any]) -> Figure:
+    """Share recovered by rung, with intervals and a small dot for each sample; a panel for each domain."""
+    found = [row for row in rows(content) if row.label not in (UNPRUNED, BARE)]
+    domains = list(dict.fromkeys(row.domain for row in found))
+    labels = list(dict.fromkeys(row.label for row in found))
+    figure = new_figure(1.2 + 0.32 * max(len(labels), 3))
+    panels = figure.subplots(1, len(domains), sharey=True, squeeze=False)[0]
+    for axes, domain in zip(panels, domains, strict=True):
+        here = [row for row in found if row.domain == domain]
+        places = range(len(here))
+        for sample in range(len(here[0].by_sample) if here else 0):
+            shares = [100 * row.by_sample[sample] for row in here]
+            axes.plot(shares, places, ".", color=GREY, ms=5, label="one sample" if sample == 0 else None)
+        spans = errors([Interval(*(100 * end for end in vars(row.recovered).values())) for row in here])
+        values = [100 * row.recovered.value for row in here]
+        axes.errorbar(values, places, xerr=spans, fmt="o", color=BLUE, ms=6, capsize=3, label="all samples, 95%")
+        axes.axvline(0, color="black", lw=0.8)
+        axes.set_yticks(places, labels)
+        axes.invert_yaxis() if axes is panels[0] else None
+        axes.set_xlabel("recovered, % of the damage", fontsize=9.5)
+        tidy(axes, domain, "", grid="x")
+    legend(figure, panels[:1])
+    return figure
+
+
+def _share(share: Interval) -> str:
+    return f"{100 * share.value:.1f} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+
+
+def _gap(gap: Interval) -> str:
+    return f"{gap.value:+.3f} [{gap.low:.3f}, {gap.high:.3f}]" + (" *" if gap.excludes_zero else "")
+
+
+def _size(content: Mapping[str, Any], domain: str) -> tuple[int, int]:
+    """Predicted tokens and documents of a domain in all samples."""
+    parts = [DomainLoss.from_dict(part[UNPRUNED]["losses"][domain]) for part in content["losses"].values()]
+    whole = DomainLoss.pooled(parts)
+    return int(whole.tokens.sum()), whole.documents

@@ -1,0 +1,157 @@
+"""``depthprune ablate`` on a tiny model, against a model that is pruned and measured step by step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from depthprune.commands import ablate as ablate_module
+from depthprune.data.module import TextDataModule
+from depthprune.data.text import TextSource
+from depthprune.evaluation.domains import document_loss
+from depthprune.loading import load
+from depthprune.pruning import swapped
+from depthprune.recovery.closed_form import calibrate_on
+from depthprune.recovery.fitting import Fitting
+from depthprune.report.ablation import rows
+from depthprune.sites import PruningPlan
+from depthprune.surgery import install_slots
+from tests.command_line import Workshop, refusal, run, write_config
+
+RUNGS: dict[str, Any] = {
+    "constant": {"replacement": "emulated_update"},
+    "adapter": {"replacement": "low_rank_adapter", "options": {"rank": [2, 8]}},
+    "map": {"replacement": "linear", "share_runs": True, "fitting": {"order": "independent"}},
+    "refit": {"replacement": "refit", "options": {"after": 1}},
+}
+LABELS = ["unpruned", "none", "constant", "adapter rank 2", "adapter rank 8", "map", "refit"]
+
+
+def settings(workshop: Workshop, folder: Path, **more: Any) -> list[object]:
+    PruningPlan.of("block.2", "block.3").save(folder / "cut.json")
+    config = {
+        "model": workshop.model,
+        "plan": folder / "cut.json",
+        "text": {"path": workshop.text},
+        "domains": {"law": {"path": workshop.other}},
+        "rungs": RUNGS,
+        "baseline": "constant",
+        "samples": 2,
+        "calibration_sequences": 6,
+        "test_sequences": 4,
+        "sequence_length": 16,
+        "batch_size": 2,
+        "output": folder / "out",
+        **more,
+    }
+    return ["ablate", "--config", write_config(folder / "ablate.yaml", config)]
+
+
+@pytest.fixture(scope="module")
+def ablated(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ablated")
+    assert run(*settings(workshop, folder)) == 0
+    return folder
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "out/ablation.json").read_text())
+
+
+def test_losses_are_those_of_models_pruned_step_by_step(ablated: Path, workshop: Workshop) -> None:
+    losses = results(ablated)["losses"]
+    assert {sample: list(found) for sample, found in losses.items()} == {"0": LABELS, "1": LABELS}
+    source = TextSource(str(workshop.text), sample=1, samples=2)
+    domains = {"law": TextSource(str(workshop.other), sample=1, samples=2)}
+    data = TextDataModule(str(workshop.model), source, domains, 16, 2, calibration_sequences=6, test_sequences=4)
+    model = load(workshop.model)[0]
+    test = data.test_dataloader()
+    for label, plan in (
+        ("adapter rank 8", PruningPlan.of("block.2", "block.3", replacement="low_rank_adapter", rank=8)),
+        ("refit", PruningPlan.of("block.2", "block.3", replacement="refit", after=1)),
+    ):
+        own = load(workshop.model)[0]
+        install_slots(own, plan)
+        calibrate_on(own, plan, data.calibration_dataloader(), data.tune_dataloader(), Fitting())
+        for domain, batches in test.items():
+            wanted = document_loss(own, batches, batches.document_count)
+            np.testing.assert_allclose(losses["1"][label]["losses"][domain]["nats"], wanted.nats, rtol=1e-4)
+    with swapped(model, PruningPlan.of("block.2", "block.3")):
+        wanted = document_loss(model, test["law"], test["law"].document_count)
+    np.testing.assert_allclose(losses["1"]["none"]["losses"]["law"]["nats"], wanted.nats, rtol=1e-5)
+    assert losses["0"]["map"]["parameters"] == 32 * 33
+    assert losses["0"]["adapter rank 2"]["parameters"] == 2 * 2 * 2 * 32
+    assert losses["0"]["refit"]["parameters"] == 0
+
+
+def test_shares_recovered_are_those_of_the_losses(ablated: Path) -> None:
+    content = results(ablated)
+    found = {(row.label, row.domain): row for row in rows(content)}
+    assert len(found) == 2 * len(LABELS)
+    for domain in ("news", "law"):
+        sums = {
+            label: sum(np.sum(content["losses"][sample][label]["losses"][domain]["nats"]) for sample in "01")
+            for label in LABELS
+        }
+        damage = sums["none"] - sums["unpruned"]
+        for label in LABELS:
+            row = found[label, domain]
+            assert row.recovered.value == pytest.approx((sums["none"] - sums[label]) / damage)
+            assert row.recovered.low <= row.recovered.value <= row.recovered.high
+        assert found["unpruned", domain].recovered.value == pytest.approx(1)
+        assert found["constant", domain].above_baseline.value == 0
+
+
+def test_report_and_figure(ablated: Path) -> None:
+    text = (ablated / "out/ablation.md").read_text()
+    assert all(f"| {label} |" in text for label in LABELS)
+    assert "a quick run" in text
+    assert (ablated / "out/ablation.png").stat().st_size > 10_000
+    events = EventAccumulator(str(ablated / "out/tensorboard"))
+    events.Reload()
+    assert events.Tags()["images"] == ["share recovered"]
+
+
+def test_a_killed_run_goes_on(
+    ablated: Path, workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, done = ablate_module._measure, list[str]()
+
+    def dies(*arguments: Any) -> Any:
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        done.append(arguments[2])
+        return measure(*arguments)
+
+    monkeypatch.setattr(ablate_module, "_measure", dies)
+    assert run(*settings(workshop, tmp_path)) == 130
+    assert done == LABELS[:4]
+
+    def lives(*arguments: Any) -> Any:
+        done.append(arguments[2])
+        return measure(*arguments)
+
+    monkeypatch.setattr(ablate_module, "_measure", lives)
+    assert run(*settings(workshop, tmp_path)) == 0
+    assert done == 2 * LABELS
+    ours, theirs = results(tmp_path)["losses"], results(ablated)["losses"]
+    for sample, label in ((sample, label) for sample in "01" for label in LABELS):
+        assert ours[sample][label]["losses"] == theirs[sample][label]["losses"]
+
+
+def test_refusals(ablated: Path, workshop: Workshop, tmp_path: Path) -> None:
+    assert "another configuration (test_sequences differ)" in refusal(*settings(workshop, ablated, test_sequences=5))
+    assert "baseline 'constnt'. Did you mean 'constant'" in refusal(*settings(workshop, tmp_path, baseline="constnt"))
+    assert "cannot be named none" in refusal(*settings(workshop, tmp_path, rungs={"none": {}}))
+    assert "samples is 0" in refusal(*settings(workshop, tmp_path, samples=0))
+    rung = {"adapter": {"replacement": "low_rank_adapter", "options": {"rank": 99}}}
+    assert "rank is 99" in refusal(*settings(workshop, tmp_path, rungs=rung, baseline="none"))
+    assert "replacement 'lineal'" in refusal(
+        *settings(workshop, tmp_path, rungs={"a": {"replacement": "lineal"}}, baseline="none")
+    )
+    assert not (tmp_path / "out/ablation.json").exists()
