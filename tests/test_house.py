@@ -48,6 +48,7 @@ LAYERS = [
         "recovery.resume",
         "recovery.stopping",
         "recovery.carried",
+        "recovery.scales",
         "callbacks.last_checkpoint",
     },
     {"recovery.segments"},

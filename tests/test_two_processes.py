@@ -150,6 +150,29 @@ def test_fit(layout: str, layouts: dict[str, Path]) -> None:
         assert logged[tag] == pytest.approx(expected[tag], abs=1e-5), tag
 
 
+@pytest.mark.parametrize("replacement", ["linear", "refit"])
+def test_closed_forms(workshop: Workshop, tmp_path: Path, replacement: str) -> None:
+    """The sums of all processes are fitted to; nothing is trained afterwards."""
+    states = {}
+    for layout, strategy in LAYOUTS.items():
+        folder = tmp_path / layout
+        settings = fit_settings(workshop, folder)
+        settings["model"] |= {"replacement": replacement, "options": {}, "fitting": {"order": "sequential"}}
+        settings["model"]["optimizer"]["init_args"]["lr"] = 0.0
+        settings["trainer"] |= {"devices": 1 if layout == "one" else 2, "strategy": strategy, "max_steps": 2}
+        settings["data"]["calibration_sequences"] = 16
+        config = write_config(folder / "fit.yaml", settings)
+        if layout == "one":
+            assert run("fit", "--config", config) == 0
+        else:
+            in_two_processes("fit", "--config", config)
+        states[layout] = read_checkpoint(folder / "last.ckpt")["state_dict"]
+    for layout in ("ddp", "sharded"):
+        assert states[layout].keys() == states["one"].keys()
+        for name, value in states["one"].items():
+            torch.testing.assert_close(states[layout][name], value, rtol=1e-3, atol=1e-5, msg=f"{layout} {name}")
+
+
 @pytest.mark.parametrize(("start", "end"), [("one", "sharded"), ("sharded", "ddp"), ("ddp", "one")])
 def test_a_run_of_one_layout_goes_on_in_another(
     start: str, end: str, layouts: dict[str, Path], workshop: Workshop, tmp_path: Path

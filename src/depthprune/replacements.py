@@ -168,15 +168,19 @@ class SolvedLayer(nn.Module):
 
 
 class ScaledUpdate(Replacement):
-    """The mean update times one trainable number, which starts at 1.
+    """The mean update times one trainable number, which starts where held-out loss is lowest.
 
     Args:
         hidden_size: width of the stream, D.
+        per: ``"plan"``: all scaled updates of a plan start with the same number; ``"site"``: each with its own.
     """
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, per: str = "plan") -> None:
         super().__init__(hidden_size)
-        self.scale = nn.Parameter(torch.ones((), dtype=torch.float32))
+        if per not in ("plan", "site"):
+            raise unknown_name("extent of a scale", per, ("plan", "site"))
+        self.per = per
+        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float32))  # of one dimension, so that it can be sharded
 
     def forward(self, read: Tensor) -> Tensor:
         """Map read ``(B, T, D)`` to the constant update ``(B, T, D)``."""

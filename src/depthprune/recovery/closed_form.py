@@ -13,6 +13,7 @@ from depthprune.head import Batch
 from depthprune.moments import mean_updates
 from depthprune.recovery.fitting import Fitting, fit_maps
 from depthprune.recovery.regression import NO_TOKEN, AffineMap
+from depthprune.recovery.scales import fit_scales
 from depthprune.replacements import Replacement, is_fitted
 from depthprune.sites import PruningPlan, Removal, Site
 from depthprune.surgery import site_slots, switched
@@ -68,13 +69,14 @@ def calibrate_on(
 ) -> dict[Site, AffineMap]:
     """Give the replacements of a model with slots their weights in closed form.
 
-    Constants are measured in the unpruned stream, in one pass; then the maps are fitted from front to back.
+    Constants are measured in the unpruned stream, in one pass; then the maps are fitted from front to back, and last
+    the factors of scaled updates by the loss on the held-out text.
 
     Args:
         model: the model, its slots installed for ``plan``.
         plan: the plan.
         batches: the text; for maps its token ids and streams are held meanwhile.
-        held_out: text to choose the maps' ridge on; every fourth batch of ``batches`` if not given.
+        held_out: text to choose the maps' ridge and the factors on; every fourth batch of ``batches`` if not given.
         fitting: how maps are fitted; None lets them start from the mean update.
 
     Returns:
@@ -84,7 +86,8 @@ def calibrate_on(
         ValueError: there is no token to calibrate or fit on.
     """
     fitted = fitting is not None and any(is_fitted(removal.replacement, removal.options) for removal in plan.removals)
-    if fitted:
+    scaled = fitting is not None and any(removal.replacement == "scaled_update" for removal in plan.removals)
+    if fitted or scaled:
         batches = list(batches)
         if held_out is None:
             batches, held_out = _split(batches)
@@ -94,11 +97,15 @@ def calibrate_on(
         with switched(model, "original"):
             means = mean_updates(model, batches, needed)
     calibrate(model, plan, means, fitting)
-    if not fitted:
-        return {}
-    assert fitting is not None
-    assert held_out is not None
-    return fit_maps(model, plan, batches, held_out, fitting)
+    found: dict[Site, AffineMap] = {}
+    if fitted:
+        assert fitting is not None
+        assert held_out is not None
+        found = fit_maps(model, plan, batches, held_out, fitting)
+    if scaled:
+        assert held_out is not None
+        fit_scales(model, plan, held_out)
+    return found
 
 
 def _split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
