@@ -49,6 +49,7 @@ LAYERS = [
         "recovery.stopping",
         "recovery.carried",
         "callbacks.last_checkpoint",
+        "callbacks.boards",
     },
     {"recovery.segments"},
     {

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
+from depthprune.callbacks.boards import boards, log_start
 from depthprune.evaluation.domains import DomainLoss
 from depthprune.recovery.module import RecoveryModule
 
@@ -81,12 +81,6 @@ def domain_loaders(trainer: Trainer) -> dict[str, Any]:
     return {name: loader for name, loader in loaders.items() if name != "train"}
 
 
-def log_start(trainer: Trainer, figures: Mapping[str, float]) -> None:
-    """Log figures of the start, before the first step, to every logger."""
-    for logger in trainer.loggers:
-        logger.log_metrics(dict(figures), step=0)
-
-
 def add_layout(trainer: Trainer, domains: list[str]) -> None:
     """Lay out TensorBoard's custom scalars: overfitting and forgetting first, then each domain."""
     layout = {
@@ -115,6 +109,5 @@ def add_layout(trainer: Trainer, domains: list[str]) -> None:
             for domain in domains
         },
     }
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            logger.experiment.add_custom_scalars(layout)
+    for board in boards(trainer):
+        board.add_custom_scalars(layout)
