@@ -71,7 +71,7 @@ LAYERS = [
     {"influence.estimate"},
     {"data.module", "pruning", "recovery.module", "evaluation.curve"},
     {"recovery.cli", "callbacks.forgetting", "callbacks.recorder"},
-    {"callbacks.overfitting"},
+    {"callbacks.overfitting", "callbacks.agreement"},
     {"recovery.rung"},
     {"report.results", "report.markdown", "study_file"},
     {"report.findings", "figures"},
