@@ -50,6 +50,7 @@ LAYERS = [
         "recovery.carried",
         "recovery.scales",
         "callbacks.last_checkpoint",
+        "callbacks.boards",
     },
     {"recovery.segments"},
     {
@@ -72,7 +73,7 @@ LAYERS = [
     {"data.module", "pruning", "recovery.module", "evaluation.curve"},
     {"recovery.ablations"},
     {"recovery.cli", "callbacks.forgetting", "callbacks.recorder"},
-    {"callbacks.overfitting"},
+    {"callbacks.overfitting", "callbacks.agreement"},
     {"recovery.rung"},
     {"report.results", "report.markdown", "study_file"},
     {"report.findings", "figures", "report.ablation"},

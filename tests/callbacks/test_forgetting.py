@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from depthprune.callbacks.forgetting import ForgettingMonitor
 from depthprune.callbacks.overfitting import OverfittingMonitor
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import TextSource
-from depthprune.evaluation.domains import document_loss
+from depthprune.evaluation.domains import DomainLoss, document_loss
 from depthprune.loading import load
 from tests import brute_force
 from tests.brute_force import NOTHING
@@ -46,7 +47,8 @@ def logged(losses: dict[int, float]) -> list[float]:
 
 def test_forgetting_is_the_loss_above_its_lowest_so_far(rising: Path, losses: dict[str, dict[int, float]]) -> None:
     found = scalars(rising / "tensorboard")
-    assert {tag for tag in found if tag.startswith("2_")} == {f"2_forgetting/{name}" for name in losses}
+    tags = {f"2_forgetting/{name}{kind}" for name in losses for kind in ("", "_regression")}
+    assert {tag for tag in found if tag.startswith("2_")} == tags
     for name, by_step in losses.items():
         values = logged(by_step)
         expected = [value - min(values[: place + 1]) for place, value in enumerate(values)]
@@ -54,6 +56,8 @@ def test_forgetting_is_the_loss_above_its_lowest_so_far(rising: Path, losses: di
         tag = f"2_forgetting/{name}"
         assert logged(found[tag]) == pytest.approx(expected, abs=1e-6)
         assert next(iter(found[tag])) == 0  # the start
+        expected = [value - values[0] for value in values]
+        assert logged(found[f"{tag}_regression"]) == pytest.approx(expected, abs=1e-6)
 
 
 def test_differences_to_the_unpruned_model_none_and_the_emulated_update(
@@ -84,6 +88,49 @@ def test_differences_to_the_unpruned_model_none_and_the_emulated_update(
         assert logged(found[f"3_domains/{domain}/loss"]) == pytest.approx(logged(by_step)[1:], abs=1e-6)
 
 
+def test_the_share_of_the_damage_that_came_back(rising: Path, losses: dict[str, dict[int, float]]) -> None:
+    found, damaged = scalars(rising / "tensorboard"), monitor_state(rising)["damaged"]
+    for domain, by_step in losses.items():
+        baselines = {name: by_domain[domain] for name, by_domain in monitor_state(rising)["baselines"].items()}
+        damage = baselines["none"] - baselines["unpruned"]
+        tag = f"3_domains/{domain}/recovered"
+        assert (tag in found) == (domain in damaged)
+        if domain in damaged:
+            assert damage > 0
+            expected = [(baselines["none"] - value) / damage for value in logged(by_step)]
+            assert logged(found[tag]) == pytest.approx(expected, abs=1e-4)
+
+
+def monitor_state(folder: Path) -> dict[str, Any]:
+    return read_checkpoint(folder / "validated" / f"step={STEPS}.ckpt")["callbacks"]["ForgettingMonitor"]
+
+
+def test_a_domain_that_training_made_worse_is_named(
+    rising: Path, workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    history = recorded(read_checkpoint(rising / "validated" / f"step={STEPS}.ckpt"))
+    expected = {}
+    for name in ("news", "other"):
+        start, *later = ((step, DomainLoss.from_dict(sums[name])) for step, sums in history.items())
+        worse = [step for step, loss in later if loss.minus(start[1]).low > 0]
+        expected |= {name: worse[0]} if worse else {}
+    assert expected, "this run must make a domain worse"
+    assert monitor_state(rising)["regressed"] == expected
+    events = EventAccumulator(str(rising / "tensorboard"))
+    events.Reload()
+    for name, step in expected.items():
+        (event,) = events.Tensors(f"2_forgetting/{name}_regression/text_summary")
+        text = event.tensor_proto.string_val[0].decode()
+        assert event.step == step
+        assert text.startswith(f"Training has made {name} worse than the closed form by step {step}: its loss rose by")
+    capsys.readouterr()
+    first = min(expected.values())
+    fit(workshop, tmp_path, *RATE, "--ckpt_path", rising / "validated" / f"step={first}.ckpt")
+    printed = capsys.readouterr().out
+    repeated = {name for name in expected if f"made {name} worse" in printed}
+    assert repeated == {name for name, step in expected.items() if step > first}
+
+
 def test_a_resumed_run_goes_on_with_its_lowest_losses(workshop: Workshop, rising: Path, tmp_path: Path) -> None:
     fit(workshop, tmp_path, *RATE, "--ckpt_path", rising / "validated" / "step=4.ckpt")
     whole, resumed = scalars(rising / "tensorboard"), scalars(tmp_path / "tensorboard")
@@ -101,7 +148,12 @@ def test_without_a_change_nothing_is_forgotten(workshop: Workshop, tmp_path: Pat
     fit(workshop, tmp_path, "--model.optimizer.init_args.lr", 0.0, *flags)
     found = scalars(tmp_path / "tensorboard")
     for name in ("news", "other"):
-        for tag in (f"2_forgetting/{name}", f"3_domains/{name}/minus_emulated_update", "1_overfitting/gap_growth"):
+        for tag in (
+            f"2_forgetting/{name}",
+            f"2_forgetting/{name}_regression",
+            f"3_domains/{name}/minus_emulated_update",
+            "1_overfitting/gap_growth",
+        ):
             assert logged(found[tag]) == pytest.approx([0.0] * len(found[tag]), abs=1e-7), tag
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
+from depthprune.callbacks.boards import boards, log_start, write_text
 from depthprune.evaluation.domains import DomainLoss
 from depthprune.recovery.module import RecoveryModule
 
@@ -16,16 +16,23 @@ BASELINES = {"unpruned": "original", "none": "none", "emulated_update": "emulate
 
 
 class ForgettingMonitor(Callback):
-    """Logs, at every validation and for every domain, forgetting and the differences to three fixed variants.
+    """Logs, at every validation and for every domain, forgetting, regression and what came back of the damage.
 
-    Forgetting at a step is the domain's loss minus the lowest loss that it had at any step so far, the start included.
+    Forgetting at a step is the domain's loss minus the lowest loss that it had at any step so far, the start included;
+    regression is its loss minus that at the start, the closed form. Where training made a domain worse than the closed
+    form beyond noise (the interval over documents is above 0), that is said once, with the step.
+
     Also logged: the loss minus that of the unpruned model, of the removal with nothing in its place, and of the
-    emulated update. Works with :class:`~depthprune.recovery.module.RecoveryModule` and needs no settings.
+    emulated update; and the share of the damage (the second minus the first) that came back, where there is damage
+    beyond noise. Works with :class:`~depthprune.recovery.module.RecoveryModule` and needs no settings.
     """
 
     def __init__(self) -> None:
         self.baselines: dict[str, dict[str, float]] = {}
+        self.damaged: list[str] = []
+        self.start: dict[str, DomainLoss] = {}
         self.lowest: dict[str, float] = {}
+        self.regressed: dict[str, int] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that the module can be compared with its variants."""
@@ -38,14 +45,17 @@ class ForgettingMonitor(Callback):
         if not self.baselines:
             pl_module.print("Measuring the unpruned model, the bare removal and the emulated update on every domain.")
             loaders = domain_loaders(trainer)
+            fixed = {name: pl_module.losses_at(position, loaders) for name, position in BASELINES.items()}
             self.baselines = {
-                name: {domain: loss.loss for domain, loss in pl_module.losses_at(position, loaders).items()}
-                for name, position in BASELINES.items()
+                name: {domain: loss.loss for domain, loss in losses.items()} for name, losses in fixed.items()
             }
-            start = {domain: loss for domain, loss in pl_module.start_losses().items() if domain in loaders}
-            self.lowest = {domain: loss.loss for domain, loss in start.items()}
-            log_start(trainer, self._figures(start))
-        add_layout(trainer, list(self.lowest))
+            self.damaged = [
+                domain for domain, loss in fixed["none"].items() if loss.minus(fixed["unpruned"][domain]).low > 0
+            ]
+            self.start = {domain: loss for domain, loss in pl_module.start_losses().items() if domain in loaders}
+            self.lowest = {domain: loss.loss for domain, loss in self.start.items()}
+            log_start(trainer, self._figures(self.start))
+        add_layout(trainer, list(self.lowest), self.damaged)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log every domain."""
@@ -55,24 +65,45 @@ class ForgettingMonitor(Callback):
         losses = {name: loss for name, loss in pl_module.domain_losses().items() if name in self.lowest}
         for name, loss in losses.items():
             self.lowest[name] = min(self.lowest[name], loss.loss)
+            if name not in self.regressed and (rise := loss.minus(self.start[name])).low > 0:
+                self.regressed[name] = trainer.global_step
+                warning = (
+                    f"Training has made {name} worse than the closed form by step {trainer.global_step}: its loss rose "
+                    f"by {rise.value:.4f} nats/token (95% interval {rise.low:.4f} to {rise.high:.4f})."
+                )
+                pl_module.print(warning)
+                write_text(trainer, f"2_forgetting/{name}_regression", warning)
         pl_module.log_dict(self._figures(losses), sync_dist=True)
 
     def _figures(self, losses: Mapping[str, DomainLoss]) -> dict[str, float]:
         figures = {}
         for domain, loss in losses.items():
             figures[f"2_forgetting/{domain}"] = loss.loss - self.lowest[domain]
+            figures[f"2_forgetting/{domain}_regression"] = loss.loss - self.start[domain].loss
             for name, baseline in self.baselines.items():
                 figures[f"3_domains/{domain}/minus_{name}"] = loss.loss - baseline[domain]
+            if domain in self.damaged:
+                unpruned, none = self.baselines["unpruned"][domain], self.baselines["none"][domain]
+                figures[f"3_domains/{domain}/recovered"] = (none - loss.loss) / (none - unpruned)
         return figures
 
     def state_dict(self) -> dict[str, Any]:
-        """The fixed variants' losses and the lowest loss so far."""
-        return {"baselines": self.baselines, "lowest": self.lowest}
+        """The fixed variants' losses, those of the start by document, the lowest so far, and where it got worse."""
+        return {
+            "baselines": self.baselines,
+            "damaged": self.damaged,
+            "start": {domain: loss.to_dict() for domain, loss in self.start.items()},
+            "lowest": self.lowest,
+            "regressed": self.regressed,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them from a checkpoint."""
         self.baselines = state_dict["baselines"]
+        self.damaged = state_dict["damaged"]
+        self.start = {domain: DomainLoss.from_dict(loss) for domain, loss in state_dict["start"].items()}
         self.lowest = state_dict["lowest"]
+        self.regressed = state_dict["regressed"]
 
 
 def domain_loaders(trainer: Trainer) -> dict[str, Any]:
@@ -81,13 +112,7 @@ def domain_loaders(trainer: Trainer) -> dict[str, Any]:
     return {name: loader for name, loader in loaders.items() if name != "train"}
 
 
-def log_start(trainer: Trainer, figures: Mapping[str, float]) -> None:
-    """Log figures of the start, before the first step, to every logger."""
-    for logger in trainer.loggers:
-        logger.log_metrics(dict(figures), step=0)
-
-
-def add_layout(trainer: Trainer, domains: list[str]) -> None:
+def add_layout(trainer: Trainer, domains: list[str], damaged: list[str]) -> None:
     """Lay out TensorBoard's custom scalars: overfitting and forgetting first, then each domain."""
     layout = {
         "1 overfitting": {
@@ -105,16 +130,26 @@ def add_layout(trainer: Trainer, domains: list[str]) -> None:
                 "Multiline",
                 [f"2_forgetting/{domain}" for domain in domains],
             ],
+            "regression: loss above the start (the closed form)": [
+                "Multiline",
+                [f"2_forgetting/{domain}_regression" for domain in domains],
+            ],
             "loss above the emulated update": [
                 "Multiline",
                 [f"3_domains/{domain}/minus_emulated_update" for domain in domains],
             ],
         },
         "3 damage": {
-            f"{domain}: loss above the unpruned model": ["Multiline", [f"3_domains/{domain}/minus_unpruned"]]
-            for domain in domains
+            **(
+                {"share that came back": ["Multiline", [f"3_domains/{domain}/recovered" for domain in damaged]]}
+                if damaged
+                else {}
+            ),
+            **{
+                f"{domain}: loss above the unpruned model": ["Multiline", [f"3_domains/{domain}/minus_unpruned"]]
+                for domain in domains
+            },
         },
     }
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            logger.experiment.add_custom_scalars(layout)
+    for board in boards(trainer):
+        board.add_custom_scalars(layout)

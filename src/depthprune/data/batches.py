@@ -92,12 +92,16 @@ class Batches:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Batches of this process, int64 columns of shape ``(B, T)``."""
-        mine, batches = self._split()
-        for indices in mine.tensor_split(batches):
+        for indices in self.rows():
             batch = {column: values[indices].long() for column, values in self.sequences.items()}
             if self.restart_positions:
                 batch["position_ids"] = restarting_positions(batch["documents"])
             yield batch
+
+    def rows(self) -> Iterator[Tensor]:
+        """Which of the sequences each batch of this process holds, ``(B,)``."""
+        mine, batches = self._split()
+        yield from mine.tensor_split(batches)
 
     def _split(self) -> tuple[Tensor, int]:
         """The indices of this process's sequences, and the number of batches."""

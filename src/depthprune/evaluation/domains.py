@@ -49,6 +49,18 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class _Resampled:
+    """A figure of documents drawn again: its 95% interval, and all draws ``(RESAMPLES,)``."""
+
+    interval: tuple[float, float]
+    draws: np.ndarray
+
+    @classmethod
+    def constant(cls, value: float) -> _Resampled:
+        return cls((value, value), np.full(RESAMPLES, value))
+
+
+@dataclass(frozen=True)
 class DomainLoss:
     """The loss of one variant on one domain.
 
@@ -87,14 +99,19 @@ class DomainLoss:
 
         The interval is a 95% percentile bootstrap over documents of the difference of mean losses, with a fixed seed.
         """
+        value, resampled = self._gap(other, seed=0)
+        return Interval(value, *resampled.interval)
+
+    def _gap(self, other: DomainLoss, seed: int) -> tuple[float, _Resampled]:
+        """The difference of mean losses, and the same of documents drawn again."""
         assert np.array_equal(self.tokens, other.tokens), "losses on different documents cannot be paired"
         present = self.tokens > 0
         tokens = self.tokens[present]
         gaps = (self.nats - other.nats)[present]
         value = float(gaps.sum() / tokens.sum())
         if len(gaps) < 2 or np.ptp(gaps) == 0.0:
-            spread = 0.0 if len(gaps) >= 2 and not gaps.any() else math.nan
-            return Interval(value, value + spread, value + spread)
+            same = len(gaps) >= 2 and not gaps.any()
+            return value, _Resampled.constant(value if same else math.nan)
         result = bootstrap(
             (gaps, tokens),
             lambda gap, token, axis: gap.sum(axis) / token.sum(axis),
@@ -102,9 +119,10 @@ class DomainLoss:
             vectorized=True,
             n_resamples=RESAMPLES,
             method="percentile",
-            rng=np.random.default_rng(0),
+            rng=np.random.default_rng(seed),
         )
-        return Interval(value, float(result.confidence_interval.low), float(result.confidence_interval.high))
+        ends = result.confidence_interval
+        return value, _Resampled((float(ends.low), float(ends.high)), result.bootstrap_distribution)
 
     def recovered(self, bare: DomainLoss, unpruned: DomainLoss) -> Interval:
         """Which share of what pruning did came back: ``(bare - this) / (bare - unpruned)``, paired by document.
@@ -142,6 +160,20 @@ class DomainLoss:
     def from_dict(cls, data: Mapping[str, Any]) -> DomainLoss:
         """Read what :meth:`to_dict` gave."""
         return cls(*(np.asarray(data[name], dtype=np.float64) for name in ("nats", "tokens", "bytes")))
+
+
+def rise_apart(here: tuple[DomainLoss, DomainLoss], there: tuple[DomainLoss, DomainLoss]) -> Interval:
+    """How much more one text's loss rose than another's, each paired by document.
+
+    The 95% interval is a percentile bootstrap over the documents of both texts, drawn independently.
+
+    Args:
+        here: the loss on the one text now and then.
+        there: the loss on the other text now and then.
+    """
+    (rise, risen), (other_rise, other_risen) = here[0]._gap(here[1], seed=0), there[0]._gap(there[1], seed=1)
+    low, high = np.percentile(risen.draws - other_risen.draws, (2.5, 97.5))
+    return Interval(rise - other_rise, float(low), float(high))
 
 
 class DocumentLoss(Metric):

@@ -21,7 +21,10 @@ class DomainScoring(LightningModule):
     Attributes:
         model: the model, once it is loaded.
         domain_metrics: the sums of the validation or test under way, by domain.
+        trained_position: what the slots are switched to for training and validation.
     """
+
+    trained_position = "replacement"
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +86,7 @@ class DomainScoring(LightningModule):
         """
         with switched(self.causal_lm, position), self.trainer.precision_plugin.val_step_context():
             return {
-                name: document_loss(self.causal_lm, self._as_validated(loader), loader.document_count)
+                name: document_loss(self.causal_lm, self.as_validated(loader), loader.document_count)
                 for name, loader in loaders.items()
             }
 
@@ -93,17 +96,25 @@ class DomainScoring(LightningModule):
         Raises:
             ValueError: the run is past its first step.
         """
+        self.check_start()
+        if not self._start:
+            self.print("Scoring every validation set before the first step.")
+            self._start = self.losses_at(self.trained_position, self.text_data().val_dataloader())
+        return self._start
+
+    def check_start(self) -> None:
+        """Refuse to measure the start later.
+
+        Raises:
+            ValueError: the run is past its first step.
+        """
         if self.global_step:
             raise ValueError(
                 "A monitor cannot be added to a resumed run, because it compares with the start: drop it, or start "
                 "anew with --ckpt_path null."
             )
-        if not self._start:
-            self.print("Scoring every validation set before the first step.")
-            self._start = self.losses_at("replacement", self.text_data().val_dataloader())
-        return self._start
 
-    def _as_validated(self, loader: Batches) -> Iterator[Batch]:
+    def as_validated(self, loader: Batches) -> Iterator[Batch]:
         """Those batches of a loader that the Trainer validates on."""
         limit = self.trainer.limit_val_batches
         return islice(loader, int(limit * len(loader)) if isinstance(limit, float) else limit)

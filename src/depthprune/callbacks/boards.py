@@ -1,0 +1,34 @@
+"""What callbacks write beside the figures of a validation: those of the start, texts and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
+
+
+def log_start(trainer: Trainer, figures: Mapping[str, float]) -> None:
+    """Log figures of the start, before the first step, to every logger."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(figures), step=0)
+
+
+def write_text(trainer: Trainer, tag: str, text: str) -> None:
+    """Write Markdown to TensorBoard, at the present step."""
+    for board in boards(trainer):
+        board.add_text(tag, text, trainer.global_step)
+
+
+def draw(trainer: Trainer, tag: str, figure: Figure) -> None:
+    """Put a figure into TensorBoard, at the present step."""
+    for board in boards(trainer):
+        board.add_figure(tag, figure, trainer.global_step)
+
+
+def boards(trainer: Trainer) -> Iterator[Any]:
+    """The summary writer of each TensorBoard logger; only the first process has any."""
+    if trainer.is_global_zero:
+        yield from (logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
