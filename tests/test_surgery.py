@@ -184,7 +184,7 @@ def test_switch_positions(position: str) -> None:
     names, means, batch = plans.SITES["halves"], mean_updates(model, text), tiny_batch("left")
     plan = plans.make_plan("halves", "low_rank_adapter")
     before = plain_logits(model, batch)
-    with swapped(model, plan, text):
+    with swapped(model, plan, text, fitting=None):
         fill_adapters(model)
         full = plans.updates_by_hand(names, "low_rank_adapter", means, plans.adapter_maps(model, plan))
         emulated = {name: constant(means[name]) for name in names}

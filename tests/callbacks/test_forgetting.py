@@ -109,7 +109,7 @@ def test_a_domain_that_training_made_worse_is_named(
     rising: Path, workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     history = recorded(read_checkpoint(rising / "validated" / f"step={STEPS}.ckpt"))
-    expected = {}
+    expected: dict[str, int] = {}
     for name in ("news", "other"):
         start, *later = ((step, DomainLoss.from_dict(sums[name])) for step, sums in history.items())
         worse = [step for step, loss in later if loss.minus(start[1]).low > 0]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from depthprune.callbacks.boards import log_start
+from depthprune.callbacks.boards import in_training, log_start
 from depthprune.callbacks.forgetting import domain_loaders
 from depthprune.data.batches import Batches
 from depthprune.head import CHUNK, Batch, evaluating, hidden_states, input_device, logits_of, on_device, predicted_mask
@@ -92,7 +92,7 @@ class AgreementMonitor(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare on every domain."""
-        if trainer.sanity_checking or not self.right:
+        if not in_training(trainer) or not self.right:
             return
         assert isinstance(pl_module, RecoveryModule)
         pl_module.log_dict(self._figures(trainer, pl_module), sync_dist=True)

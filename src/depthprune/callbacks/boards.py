@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from matplotlib.figure import Figure
 
 
@@ -32,3 +33,8 @@ def boards(trainer: Trainer) -> Iterator[Any]:
     """The summary writer of each TensorBoard logger; only the first process has any."""
     if trainer.is_global_zero:
         yield from (logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
+
+
+def in_training(trainer: Trainer) -> bool:
+    """Whether a validation is one of a fit: one by itself may be on other text than the start was measured on."""
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking

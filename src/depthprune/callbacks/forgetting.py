@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from depthprune.callbacks.boards import boards, log_start, write_text
+from depthprune.callbacks.boards import boards, in_training, log_start, write_text
 from depthprune.evaluation.domains import DomainLoss
 from depthprune.recovery.module import RecoveryModule
 
@@ -59,7 +59,7 @@ class ForgettingMonitor(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log every domain."""
-        if trainer.sanity_checking or not self.baselines:
+        if not in_training(trainer) or not self.baselines:
             return
         assert isinstance(pl_module, RecoveryModule)
         losses = {name: loss for name, loss in pl_module.domain_losses().items() if name in self.lowest}

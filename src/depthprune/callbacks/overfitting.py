@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
 
-from depthprune.callbacks.boards import log_start
+from depthprune.callbacks.boards import in_training, log_start
 from depthprune.evaluation.domains import DomainLoss, Interval, rise_apart
 from depthprune.recovery.module import RecoveryModule
 
@@ -74,7 +74,7 @@ class OverfittingMonitor(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log both losses, how they part, and the onset."""
-        if trainer.sanity_checking or not self.start:
+        if not in_training(trainer) or not self.start:
             return
         assert isinstance(pl_module, RecoveryModule)
         pl_module.log_dict(self._figures(pl_module, pl_module.domain_losses()), sync_dist=True)
