@@ -117,8 +117,8 @@ def weighted_losses(
 ) -> tuple[Tensor, Tensor]:
     """Losses of single positions that are functions of their logits, in chunks.
 
-    Where the head is frozen, the gradient of a chunk is taken at once, and nothing of it is kept but ``(n, D)`` numbers:
-    the head runs forwards once, where recomputing the chunk in the backward pass would run it twice.
+    Where the head is frozen, the gradient of a chunk is taken at once, and only its ``(n, D)`` numbers are kept: the
+    head runs forwards once, where recomputing the chunk in the backward pass would run it twice.
 
     Args:
         model: the model whose head is used.

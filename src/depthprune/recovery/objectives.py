@@ -24,8 +24,8 @@ class Distillation:
     """How the unpruned model's next-token distribution is matched.
 
     Attributes:
-        direction: forward, KL(unpruned || pruned), which covers all that the unpruned model thinks possible; or reverse,
-            KL(pruned || unpruned), which keeps to what it thinks likely.
+        direction: forward, KL(unpruned || pruned), which covers all that the unpruned model thinks possible; or
+            reverse, KL(pruned || unpruned), which keeps to what it thinks likely.
         temperature: both models' logits are divided by it, and the divergence multiplied by its square, so that the
             gradients keep their size.
         top_k: only the unpruned model's k likeliest tokens count, each model's probabilities made to add up to 1 over
@@ -50,8 +50,8 @@ class Matching:
     """Where the stream is to be that of the unpruned model.
 
     Attributes:
-        at: removals (after each removed site or run, and where a refit layer has its target), next_kept (after the next
-            block of which something is kept behind the removal) or last (after the last block).
+        at: removals (after each removed site or run), next_kept (after the next block of which something is kept behind
+            it) or last (after the last block); with the first two also after each refit layer behind a cut.
     """
 
     at: str = "removals"
@@ -160,16 +160,12 @@ class Objective:
 
     def settings(self) -> dict[str, Any]:
         """Those options that make a difference, as plain data."""
-        used = {
-            "logit_distillation": ("distillation", self.distillation),
-            "hidden_matching": ("matching", self.matching),
-        }
-        return {
-            f"{owner}.{name}": value
-            for objective, (owner, options) in used.items()
-            if objective in self.weights
-            for name, value in asdict(options).items()
-        }
+        found: dict[str, Any] = {}
+        if "logit_distillation" in self.weights:
+            found |= {f"distillation.{name}": value for name, value in asdict(self.distillation).items()}
+        if "hidden_matching" in self.weights:
+            found |= {f"matching.{name}": value for name, value in asdict(self.matching).items()}
+        return found
 
 
 def matched_sites(anatomy: Anatomy, plan: PruningPlan, matching: Matching) -> tuple[Site, ...]:
@@ -178,11 +174,9 @@ def matched_sites(anatomy: Anatomy, plan: PruningPlan, matching: Matching) -> tu
     if matching.at == "last":
         return (last,)
     removed = {removal.sites[-1] for removal in plan.removals}
-    targets = {writer.target for writer in writers(anatomy, plan)}
-    if matching.at == "removals":
-        found = {_end(site) for site in removed | targets}
-    else:
-        found = {_end(site) for site in targets - set(plan.sites)} | {_next_kept(anatomy, plan, s) for s in removed}
+    refit = {writer.site for writer in writers(anatomy, plan) if writer.target == writer.site}  # behind a cut
+    after = removed if matching.at == "removals" else {_next_kept(anatomy, plan, site) for site in removed}
+    found = {_end(site) for site in after | refit}
     return tuple(sorted(found, key=lambda site: (site.index, site.kind == "block")))
 
 

@@ -87,15 +87,11 @@ def _fingerprint(anatomy: Anatomy, start: int) -> str:
     settings = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     digest.update(f"{start} {anatomy.model.dtype} {config._attn_implementation}".encode())
+    blocks = f"{anatomy.family.blocks}."
     for name, tensor in sorted(decoder.state_dict().items()):
-        place = (
-            name.removeprefix(f"{anatomy.family.blocks}.").split(".")[0]
-            if name.startswith(anatomy.family.blocks)
-            else "-1"
-        )
-        if int(place) < start:
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            row = whole if whole.dim() < 2 else whole[0]
-            digest.update(name.encode())
-            digest.update(row.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        if name.startswith(blocks) and int(name.removeprefix(blocks).split(".")[0]) >= start:
+            continue
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        row = (whole if whole.dim() < 2 else whole[0]).detach().reshape(-1)
+        digest.update(name.encode() + row.to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()

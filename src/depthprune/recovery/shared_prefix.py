@@ -89,7 +89,7 @@ def objective_losses(
                 unpruned = _run(anatomy, calls, stream, sites, None if objective.distils else needed)
     pruned = _run(anatomy, calls, stream, sites, None if objective.of_logits else needed)
 
-    total, parts = stream.new_zeros((), dtype=torch.float32), {}
+    total, parts = stream.new_zeros((), dtype=torch.float32), dict[str, Tensor]()
     if objective.of_logits:
         assert pruned.hidden is not None
         total, parts = _of_logits(model, batch, objective, pruned.hidden, unpruned.hidden)
