@@ -157,7 +157,9 @@ class _WeightedLosses(torch.autograd.Function):
             with torch.enable_grad():
                 found = losses_of(piece, places)
                 weighted = found @ found.new_tensor(weights)
-                (gradients[places],) = torch.autograd.grad(weighted.sum(), piece)
+                weighted.sum().backward(inputs=[piece])
+            assert piece.grad is not None
+            gradients[places] = piece.grad
             total[places], losses[places] = weighted.detach(), found.detach()
         ctx.save_for_backward(gradients)
         ctx.mark_non_differentiable(losses)

@@ -1,6 +1,6 @@
 """A step of logit distillation on a shared prefix, against the plain step.
 
-Run by hand: ``OMP_NUM_THREADS=2 python tests/benchmarks/recovery_step.py``. Blocks 20 to 25 of the embedded model are
+Run by hand: ``python -m tests.benchmarks.recovery_step``. Blocks 20 to 25 of the embedded model are
 one removal with a linear map in its place. The plain step runs the unpruned and the pruned model from the embeddings to
 whole ``(B, T, V)`` logits and goes back to the embeddings. Prints the ratios to it of time (median of interleaved
 repeats), of peak memory above the model and of counted FLOPs, without and with the prefix from disk.

@@ -123,7 +123,7 @@ def assert_same(model: PreTrainedModel, batch: Mapping[str, Tensor], name: str, 
         assert float((mine - its).abs().max()) <= 1e-6 * max(1.0, float(its.abs().max()))
     assert any(bool(gradient.any()) for gradient in gradients(model, plain_loss(model, batch, objective, sites)))
     weighted = sum(objective.weights[part] * float(loss) for part, loss in found.parts.items())
-    assert float(found.total) == pytest.approx(weighted, rel=1e-5)
+    assert float(found.total.detach()) == pytest.approx(weighted, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
