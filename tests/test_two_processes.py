@@ -158,10 +158,12 @@ def test_fit_to_the_unpruned_model(workshop: Workshop, tmp_path: Path, objective
     ends = {}
     for layout in LAYOUTS:
         folder = tmp_path / layout
-        fit_in(layout, workshop, folder, "--model.objective", objective, steps=4)
+        flags = ["--model.objective", objective, "--model.prefix_cache", tmp_path / "cache"]
+        fit_in(layout, workshop, folder, *flags, steps=4)
         ends[layout] = read_checkpoint(folder / "validated" / "step=4.ckpt")
     for layout in ("ddp", "sharded"):
         assert_close(ends["one"], ends[layout])
+    assert len(list((tmp_path / "cache").iterdir())) == 4 + 2 * 4  # of batches of two sequences, and of one
 
 
 @pytest.mark.parametrize(("start", "end"), [("one", "sharded"), ("sharded", "ddp"), ("ddp", "one")])

@@ -175,6 +175,19 @@ def test_gradient_checkpointing_recomputes_and_changes_no_number(workshop: Works
         torch.testing.assert_close(weights[True][name], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_mixture_trains_with_everything_that_saves_memory(workshop: Workshop, precision: Any) -> None:
+    weights = {"logit_distillation": 1.0, "hidden_matching": 1.0, "language_modelling": 0.1}
+    ends = []
+    for recompute in (False, True):
+        module = recovery(workshop, objective=weights, gradient_checkpointing=recompute, optimizer=optimizer(0.5))
+        trainer(steps=2, accumulate_grad_batches=2, precision=precision).fit(module, texts(workshop))
+        ends.append({name: value.clone() for name, value in module.state_dict().items()})
+        assert all(bool(value.any()) for name, value in ends[-1].items() if "up" in name)
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-5, atol=1e-6)
+
+
 def test_a_checkpoint_holds_the_replacements_and_nothing_of_the_base(fitted: Path, workshop: Workshop) -> None:
     checkpoint = read_checkpoint(fitted / "last.ckpt")
     parts = ("mean", "read_mean", "constant", "down.weight", "up.weight")

@@ -66,7 +66,8 @@ class RecoveryModule(DomainScoring):
         distillation: options of the objective ``logit_distillation``.
         matching: options of the objective ``hidden_matching``.
         prefix_cache: a folder where the streams before the first removed block are kept, for later runs with the same
-            base, text and plan: they need not run those blocks again.
+            base and the same batches, which then need not run those blocks: ``B T D`` numbers of the stream's dtype
+            for each batch.
         dtype: dtype of the base model; replacements are fp32.
         revision: the base model's revision on the hub.
         attn_implementation: the base model's attention.
@@ -193,7 +194,7 @@ class RecoveryModule(DomainScoring):
         """Say what the cache of prefixes takes."""
         if self._prefix_cache is not None:
             size = self._prefix_cache.size() / 1e6
-            self.print(f"The prefix cache {self._prefix_cache.folder} takes {size:.0f} MB; nothing else needs it.")
+            self.print(f"The prefix cache {self._prefix_cache.folder} takes {size:.1f} MB and can be removed.")
 
     def on_train_start(self) -> None:
         """Say where a resumed run goes on, and answer a SIGTERM from now on.

@@ -1,7 +1,7 @@
 """Streams before the first trained block, kept on disk for later runs on the same batches.
 
-They depend on the frozen weights and the batch alone, so runs that differ in what is trained, how and for how long have
-them in common.
+They depend on the frozen weights and the batch alone, so runs on one text that differ in what is trained, how and for
+how long have them in common. The epochs of one run have not, where documents are shuffled and packed anew in each.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Run:
 
 
 def suffix_start(anatomy: Anatomy) -> int:
-    """The place of the first block with a slot that can be switched or a parameter that is trained."""
+    """The place of the first block with a slot that can be switched or a parameter that is trained; else the last."""
     for place, block in enumerate(anatomy.blocks):
         has_slot = any(isinstance(module, Slot) and not module.is_hollow for module in block.modules())
         if has_slot or any(parameter.requires_grad for parameter in block.parameters()):
@@ -95,10 +95,11 @@ def objective_losses(
         total, parts = _of_logits(model, batch, objective, pruned.hidden, unpruned.hidden)
     if sites:
         tokens = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-        distances = [
-            hidden_matching(*(run.matched[site][tokens.to(stream.device)] for run in (pruned, unpruned))).mean()
-            for site in sites
-        ]
+        distances = []
+        for site in sites:
+            mine, its = pruned.matched[site], unpruned.matched[site]
+            here = tokens.to(mine.device)
+            distances.append(hidden_matching(mine[here], its[here]).mean())
         matching = torch.stack([distance.to(total.device) for distance in distances]).mean()
         total = total + objective.weights["hidden_matching"] * matching
         parts["hidden_matching"] = matching.detach()
