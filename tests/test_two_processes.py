@@ -105,11 +105,11 @@ LAYOUTS: dict[str, Any] = {
 }
 
 
-def fit_in(layout: str, workshop: Workshop, folder: Path, *more: object) -> None:
-    """A fit of 20 steps with a global batch of two sequences, in one process or in two."""
+def fit_in(layout: str, workshop: Workshop, folder: Path, *more: object, steps: int = LONG) -> None:
+    """A fit, of 20 steps if not told otherwise, with a global batch of two sequences, in one process or in two."""
     settings = fit_settings(workshop, folder, dropout=0.0)
     settings["data"]["batch_size"] = 2 if layout == "one" else 1
-    settings["trainer"] |= {"devices": 1 if layout == "one" else 2, "strategy": LAYOUTS[layout], "max_steps": LONG}
+    settings["trainer"] |= {"devices": 1 if layout == "one" else 2, "strategy": LAYOUTS[layout], "max_steps": steps}
     config = write_config(folder / f"{layout}.yaml", settings)
     if layout == "one":
         assert run("fit", "--config", config, *more) == 0
@@ -171,6 +171,22 @@ def test_closed_forms(workshop: Workshop, tmp_path: Path, replacement: str) -> N
         assert states[layout].keys() == states["one"].keys()
         for name, value in states["one"].items():
             torch.testing.assert_close(states[layout][name], value, rtol=1e-3, atol=1e-5, msg=f"{layout} {name}")
+
+
+MIXTURE = "{logit_distillation: 1.0, hidden_matching: 0.5, language_modelling: 0.1}"
+
+
+@pytest.mark.parametrize("objective", [MIXTURE, "hidden_matching"])
+def test_fit_to_the_unpruned_model(workshop: Workshop, tmp_path: Path, objective: str) -> None:
+    ends = {}
+    for layout in LAYOUTS:
+        folder = tmp_path / layout
+        flags = ["--model.objective", objective, "--model.prefix_cache", tmp_path / "cache"]
+        fit_in(layout, workshop, folder, *flags, steps=4)
+        ends[layout] = read_checkpoint(folder / "validated" / "step=4.ckpt")
+    for layout in ("ddp", "sharded"):
+        assert_close(ends["one"], ends[layout])
+    assert len(list((tmp_path / "cache").iterdir())) == 4 + 2 * 4  # of batches of two sequences, and of one
 
 
 @pytest.mark.parametrize(("start", "end"), [("one", "sharded"), ("sharded", "ddp"), ("ddp", "one")])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,10 @@ Batch = Mapping[str, Tensor]
 """``input_ids (B, T)``, where there is padding ``attention_mask (B, T)``, and where documents are kept apart
 ``position_ids (B, T)``, which start again with each; may carry more."""
 
+RowLosses = Callable[[Tensor, slice], Tensor]
+
 CHUNK = 512  # positions whose logits are held at once, where gradients are wanted or the head is no plain layer
+GRADIENT_CHUNK = 128  # positions whose logits are held at once where the gradient is taken on the way
 TILE = (1024, 4096)  # positions and vocabulary entries whose logits are held at once otherwise
 
 
@@ -97,17 +101,74 @@ def row_losses(model: PreTrainedModel, rows: Tensor, targets: Tensor) -> Tensor:
         targets: the tokens that come next, ``(N,)``.
     """
     needs_gradient = torch.is_grad_enabled() and (rows.requires_grad or _head_is_trained(model))
-    tiled = not needs_gradient and plain_head(model) is not None
-    size = TILE[0] if tiled else CHUNK
-    losses = []
-    for row_chunk, target_chunk in zip(rows.split(size), targets.split(size), strict=True):
-        if tiled:
-            losses.append(_tiled_losses(model, row_chunk, target_chunk))
-        elif torch.is_grad_enabled() and row_chunk.requires_grad:
-            losses.append(checkpoint(_chunk_losses, model, row_chunk, target_chunk, use_reentrant=False))
+    if not needs_gradient and plain_head(model) is not None:
+        pieces = zip(rows.split(TILE[0]), targets.split(TILE[0]), strict=True)
+        losses = [_tiled_losses(model, *piece) for piece in pieces]
+        return torch.cat(losses) if losses else rows.new_zeros(0, dtype=torch.float32)
+
+    def losses_of(piece: Tensor, places: slice) -> Tensor:
+        return functional.cross_entropy(logits_of(model, piece).float(), targets[places], reduction="none")[:, None]
+
+    return weighted_losses(model, rows, losses_of, (1.0,))[0]
+
+
+def weighted_losses(
+    model: PreTrainedModel, rows: Tensor, losses_of: RowLosses, weights: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Losses of single positions that are functions of their logits, in chunks.
+
+    Where the head is frozen, the gradient of a chunk is taken at once, and only its ``(n, D)`` numbers are kept: the
+    head runs forwards once, where recomputing the chunk in the backward pass would run it twice.
+
+    Args:
+        model: the model whose head is used.
+        rows: normed last hidden states, ``(N, D)``.
+        losses_of: from some rows ``(n, D)`` and their places among all, K losses of each, ``(n, K)`` fp32.
+        weights: of the K losses.
+
+    Returns:
+        The weighted sum ``(N,)``; and, without gradients, the losses ``(N, K)``.
+    """
+    if torch.is_grad_enabled() and rows.requires_grad and not _head_is_trained(model):
+        total, losses = _WeightedLosses.apply(rows, losses_of, tuple(weights))
+        return total, losses
+    found = []
+    for start in range(0, len(rows), CHUNK):
+        places = slice(start, start + CHUNK)
+        if torch.is_grad_enabled():
+            found.append(checkpoint(losses_of, rows[places], places, use_reentrant=False))
         else:
-            losses.append(_chunk_losses(model, row_chunk, target_chunk))
-    return torch.cat(losses) if losses else rows.new_zeros(0, dtype=torch.float32)
+            found.append(losses_of(rows[places], places))
+    losses = torch.cat(found) if found else rows.new_zeros(0, len(weights), dtype=torch.float32)
+    return losses @ losses.new_tensor(weights), losses.detach()
+
+
+class _WeightedLosses(torch.autograd.Function):
+    """See :func:`weighted_losses`. Rows do not know each other, so each has a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, losses_of: RowLosses, weights: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+        total = rows.new_zeros(len(rows), dtype=torch.float32)
+        losses = total.new_zeros(len(rows), len(weights))
+        gradients = torch.empty_like(rows)
+        for start in range(0, len(rows), GRADIENT_CHUNK):
+            places = slice(start, start + GRADIENT_CHUNK)
+            piece = rows[places].detach().requires_grad_()
+            with torch.enable_grad():
+                found = losses_of(piece, places)
+                weighted = found @ found.new_tensor(weights)
+                weighted.sum().backward(inputs=[piece])
+            assert piece.grad is not None
+            gradients[places] = piece.grad
+            total[places], losses[places] = weighted.detach(), found.detach()
+        ctx.save_for_backward(gradients)
+        ctx.mark_non_differentiable(losses)
+        return total, losses
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return (gradients * outer[0][:, None]).to(gradients.dtype), None, None
 
 
 def plain_head(model: PreTrainedModel) -> nn.Linear | None:
@@ -135,10 +196,6 @@ def logit_cap(model: PreTrainedModel) -> float | None:
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits ``(..., V)`` from normed last hidden states ``(..., D)``, scaled and capped as the model does it."""
     return bent(model, model.get_output_embeddings()(hidden))
-
-
-def _chunk_losses(model: PreTrainedModel, rows: Tensor, targets: Tensor) -> Tensor:
-    return functional.cross_entropy(logits_of(model, rows).float(), targets, reduction="none")
 
 
 def _head_is_trained(model: PreTrainedModel) -> bool:

@@ -80,6 +80,10 @@ def test_another_seed_gives_another_run(workshop: Workshop, fitted: Path, tmp_pa
         (["--model.optimizer", "torch.optim.SGD"], "made with optimizer='AdamW', and now it is 'SGD'"),
         (["--model.scheduler.init_args.T_max", "99"], "made with scheduler.T_max=8, and now it is 99"),
         (["--model.scheduler", "null"], "made with scheduler='CosineAnnealingLR', and now it is None"),
+        (
+            ["--model.objective", "logit_distillation"],
+            "made with objective='language_modelling', and now it is 'logit_distillation'",
+        ),
         (["--data.seed", "1"], r"seed 0 -> 1"),
         (["--data.sequence_length", "16"], r"data.sequence_length=32, and now it is 16"),
         (["--data.batch_size", "1"], "global batch 2 -> 1"),
@@ -98,6 +102,43 @@ def test_a_resumed_run_refuses_what_contradicts_its_checkpoint(
     sentence = refusal("fit", "--config", config, "--ckpt_path", fitted / "step=3.ckpt", *more)
     assert message in sentence
     assert not list(tmp_path.glob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("distillation.temperature", 2.0, "made with distillation.temperature=1.0, and now it is 2.0"),
+        ("distillation.top_k", "null", "made with distillation.top_k=9, and now it is None"),
+        ("matching.at", "last", "made with matching.at='removals', and now it is 'last'"),
+        ("objective", "{logit_distillation: 1.0, hidden_matching: 2.0}", "made with objective={"),
+    ],
+)
+def test_a_resumed_run_refuses_other_options_of_its_objective(
+    workshop: Workshop, distilled: Path, tmp_path: Path, flag: str, value: object, message: str
+) -> None:
+    command = ["fit", "--config", distilled / "fit.yaml", "--ckpt_path", distilled / "step=1.ckpt"]
+    assert message in refusal(*command, f"--model.{flag}", value)
+
+
+@pytest.fixture(scope="module")
+def distilled(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one step with a mixture of objectives."""
+    folder = tmp_path_factory.mktemp("distilled")
+    config = write_config(folder / "fit.yaml", fit_settings(workshop, folder))
+    flags = ["--model.objective", "{logit_distillation: 1.0, hidden_matching: 0.5}", "--model.distillation.top_k", 9]
+    assert run("fit", "--config", config, "--trainer.max_steps", 1, *flags) == 0
+    settings = fit_settings(workshop, folder)
+    settings["model"] |= {"objective": {"logit_distillation": 1.0, "hidden_matching": 0.5}}
+    settings["model"] |= {"distillation": {"top_k": 9}}
+    write_config(folder / "fit.yaml", settings)
+    return folder
+
+
+def test_every_part_of_a_mixture_is_logged(distilled: Path) -> None:
+    logged = scalars(distilled / "tensorboard")
+    parts = {name: logged[f"4_training/{name}"][0] for name in ("loss", "logit_distillation", "hidden_matching")}
+    assert parts["loss"] == pytest.approx(parts["logit_distillation"] + 0.5 * parts["hidden_matching"])
+    assert min(parts.values()) > 0
 
 
 def test_a_monitor_cannot_join_a_resumed_run(workshop: Workshop, tmp_path: Path) -> None:
@@ -216,6 +257,9 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["--model.options", "{rnk: 2}"], "Did you mean 'rank'?"),
         (["--model.replacement", "adapter"], "Did you mean 'low_rank_adapter'?"),
         (["--model.replacement", "emulated_update", "--model.options", "null"], "nothing to train"),
+        (["--model.objective", "{logit_distilation: 1.0}"], "Did you mean 'logit_distillation'?"),
+        (["--model.distillation.direction", "backward"], "Unknown direction of distillation 'backward'"),
+        (["--model.matching.at", "removal"], "Did you mean 'removals'?"),
         (["--model.base", "smollm"], "Unknown model"),
         (["--model.dtype", "float23"], "Unknown dtype 'float23'"),
         (["--model.plan", "absent.json"], "Cannot read a pruning plan from absent.json"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from depthprune.recovery import module as module_module
 from depthprune.recovery.closed_form import calibrate_on
 from depthprune.recovery.fitting import Fitting
 from depthprune.recovery.module import RecoveryModule
+from depthprune.recovery.shared_prefix import Losses
 from depthprune.sites import PruningPlan
 from depthprune.surgery import base_state, install_slots, replacement_parameters, replacement_state, switched
 from tests import brute_force
@@ -173,6 +175,19 @@ def test_gradient_checkpointing_recomputes_and_changes_no_number(workshop: Works
         torch.testing.assert_close(weights[True][name], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_mixture_trains_with_everything_that_saves_memory(workshop: Workshop, precision: Any) -> None:
+    weights = {"logit_distillation": 1.0, "hidden_matching": 1.0, "language_modelling": 0.1}
+    ends = []
+    for recompute in (False, True):
+        module = recovery(workshop, objective=weights, gradient_checkpointing=recompute, optimizer=optimizer(0.5))
+        trainer(steps=2, accumulate_grad_batches=2, precision=precision).fit(module, texts(workshop))
+        ends.append({name: value.clone() for name, value in module.state_dict().items()})
+        assert all(bool(value.any()) for name, value in ends[-1].items() if "up" in name)
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-5, atol=1e-6)
+
+
 def test_a_checkpoint_holds_the_replacements_and_nothing_of_the_base(fitted: Path, workshop: Workshop) -> None:
     checkpoint = read_checkpoint(fitted / "last.ckpt")
     parts = ("mean", "read_mean", "constant", "down.weight", "up.weight")
@@ -214,14 +229,15 @@ def test_nothing_to_train(workshop: Workshop, settings: dict[str, Any]) -> None:
 def test_a_loss_that_is_not_finite_is_reported(
     workshop: Workshop, tmp_path: Path, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    objective = module_module.OBJECTIVES["language_modelling"]
+    losses = module_module.objective_losses
     seen: list[Any] = []
 
-    def broken(model: Any, batch: Any) -> Tensor:
+    def broken(model: Any, plan: Any, batch: Any, *more: Any) -> Losses:
         seen.append(batch)
-        return objective(model, batch) * (float("nan") if len(seen) == 3 else 1.0)
+        found = losses(model, plan, batch, *more)
+        return replace(found, total=found.total * (float("nan") if len(seen) == 3 else 1.0))
 
-    monkeypatch.setitem(module_module.OBJECTIVES, "language_modelling", broken)
+    monkeypatch.setattr(module_module, "objective_losses", broken)
     module = recovery(workshop)
     keeper = ModelCheckpoint(tmp_path, every_n_train_steps=1)
     with pytest.raises(ValueError, match=r"The loss is nan at step 2, on .*: lower the learning rate") as caught:
@@ -242,13 +258,14 @@ def test_a_loss_that_is_not_finite_is_reported(
 
 
 def test_gradients_that_are_not_finite_are_reported(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    objective = module_module.OBJECTIVES["language_modelling"]
+    losses = module_module.objective_losses
 
-    def broken(model: Any, batch: Any) -> Tensor:
+    def broken(model: Any, *more: Any) -> Losses:
         adapter = next(iter(replacement_parameters(model)))
-        return objective(model, batch) + (adapter.sum() * 0).sqrt()  # 0, with an infinite slope
+        found = losses(model, *more)
+        return replace(found, total=found.total + (adapter.sum() * 0).sqrt())  # 0, with an infinite slope
 
-    monkeypatch.setitem(module_module.OBJECTIVES, "language_modelling", broken)
+    monkeypatch.setattr(module_module, "objective_losses", broken)
     with pytest.raises(ValueError, match=r"The gradients are not finite at step 0.*no checkpoint was saved yet"):
         trainer().fit(recovery(workshop), texts(workshop))
 

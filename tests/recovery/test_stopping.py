@@ -98,6 +98,37 @@ def test_killed_at_ten_random_steps(workshop: Workshop, tmp_path: Path, whole: P
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".last") or path.name.startswith(".best")]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objective": "logit_distillation"},
+        {"objective": "logit_distillation", "distillation": {"direction": "reverse", "temperature": 2.0, "top_k": 9}},
+        {"objective": "hidden_matching"},
+        {"objective": {"hidden_matching": 2.0, "language_modelling": 0.1}, "matching": {"at": "next_kept"}},
+        {"objective": {"logit_distillation": 1.0, "hidden_matching": 0.5}, "prefix_cache": "cache"},
+    ],
+    ids=lambda settings: str(settings["objective"]),
+)
+def test_killed_with_any_objective(workshop: Workshop, tmp_path: Path, settings: dict[str, Any]) -> None:
+    ends = []
+    for name, steps in (("whole", ()), ("killed", (3, 6))):
+        chosen = settings_of(workshop, tmp_path / name, steps=8)
+        chosen["model"] |= settings
+        if "prefix_cache" in settings:
+            chosen["model"]["prefix_cache"] = tmp_path / name / "cache"
+        config = write_config(tmp_path / name / "fit.yaml", chosen)
+        for step in steps:
+            code = forked(lambda config=config, step=step: run("fit", "--config", config, *stop_at(step)))  # type: ignore[misc]
+            assert code == -signal.SIGKILL
+        assert forked(lambda config=config: run("fit", "--config", config)) == 0  # type: ignore[misc]
+        ends.append(tmp_path / name / "last.ckpt")
+    assert_same(*ends)
+    if "prefix_cache" in settings:
+        kept = [sorted(path.name for path in (end.parent / "cache").iterdir()) for end in ends]
+        assert kept[0] == kept[1]
+        assert len(kept[0]) == 8
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     ("step", "hook", "saved"),

@@ -6,9 +6,10 @@ before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from depthprune.head import Batch, evaluating, hidden_states, on_device
 from depthprune.surgery import switched
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments of a block beside the stream, by position and by name."""
+
 Hook = Callable[..., None]
 
 
@@ -28,13 +31,13 @@ class CarriedBatch:
     """One batch on its way through the blocks.
 
     Attributes:
-        calls: the arguments beside the stream that each block of the list gets, by position and by name.
+        calls: the arguments beside the stream that each block gets, by the block's place in the list.
         counts: which tokens are not padding, ``(B, T)`` bool.
         unpruned: the stream of the unpruned model, ``(B, T, D)``.
         pruned: the stream of the pruned model.
     """
 
-    calls: list[Call]
+    calls: dict[int, Call]
     counts: Tensor
     unpruned: Tensor
     pruned: Tensor
@@ -47,13 +50,11 @@ def carry(model: PreTrainedModel, batches: Iterable[Batch]) -> list[CarriedBatch
     """
     anatomy = Anatomy.of(model)
     carried = []
-    with evaluating(model), _passed_through(anatomy) as calls:
+    with evaluating(model):
         for batch in on_device(batches, model):
-            calls.clear()
-            hidden_states(model, batch)
-            stream = calls[0][0]
+            stream, calls = before(anatomy, batch, 0)
             counts = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-            carried.append(CarriedBatch([call for _, call in calls], counts, stream, stream))
+            carried.append(CarriedBatch(calls, counts, stream, stream))
     return carried
 
 
@@ -61,9 +62,21 @@ def through(anatomy: Anatomy, places: Sequence[int], batch: CarriedBatch, stream
     """A stream after some blocks, by their places in the list, with every slot in one position."""
     with torch.no_grad(), switched(anatomy.model, position):
         for place in places:
-            args, kwargs = batch.calls[place]
-            stream = anatomy.blocks[place](stream, *args, **kwargs)
+            stream = run_block(anatomy, place, batch.calls, stream)
     return stream
+
+
+def run_block(anatomy: Anatomy, place: int, calls: Mapping[int, Call], stream: Tensor) -> Tensor:
+    """The stream after a block, ``(B, T, D)``, from that before it."""
+    args, kwargs = calls[place]
+    return anatomy.blocks[place](stream, *args, **kwargs)
+
+
+def before(anatomy: Anatomy, batch: Batch, place: int) -> tuple[Tensor, dict[int, Call]]:
+    """Run a model up to a block: the stream before it, ``(B, T, D)``, and what it and all later blocks would get."""
+    with _passed_through(anatomy, place) as found:
+        hidden_states(anatomy.model, batch)
+    return found[place][0], {later: call for later, (_, call) in found.items()}
 
 
 @contextmanager
@@ -88,22 +101,23 @@ def hooked(*hooks: tuple[nn.Module, str, Hook]) -> Iterator[None]:
 
 
 @contextmanager
-def _passed_through(anatomy: Anatomy) -> Iterator[list[tuple[Tensor, Call]]]:
-    """Let every block give back its input and note what it got, for the length of a block."""
-    calls: list[tuple[Tensor, Call]] = []
+def _passed_through(anatomy: Anatomy, start: int) -> Iterator[dict[int, tuple[Tensor, Call]]]:
+    """Let every block from one on give back its input and note what it got, for the length of a block."""
+    calls: dict[int, tuple[Tensor, Call]] = {}
 
-    def passing(*args: Any, **kwargs: Any) -> Tensor:
+    def passing(place: int, *args: Any, **kwargs: Any) -> Tensor:
         stream = args[0] if args else kwargs.pop("hidden_states")
-        calls.append((stream, (args[1:], kwargs)))
+        calls[place] = stream, (args[1:], kwargs)
         return stream
 
-    before = [(block, block.__dict__.get("forward")) for block in anatomy.blocks]  # accelerate puts one there
+    passed = list(anatomy.blocks)[start:]
+    forwards = [block.__dict__.get("forward") for block in passed]  # accelerate puts one there
     try:
-        for block, _ in before:
-            block.forward = passing
+        for place, block in enumerate(passed, start):
+            block.forward = partial(passing, place)
         yield calls
     finally:
-        for block, forward in before:
-            del block.__dict__["forward"]
+        for block, forward in zip(passed, forwards, strict=True):
+            block.__dict__.pop("forward", None)
             if forward is not None:
                 block.forward = forward

@@ -18,12 +18,12 @@ from depthprune.anatomy import Anatomy, unpruned_fingerprint
 from depthprune.devices import shard_blocks
 from depthprune.head import Batch
 from depthprune.loading import load
-from depthprune.names import unknown_name
 from depthprune.recovery.checkpoint_io import WholeCheckpointIO
 from depthprune.recovery.closed_form import calibrate_on
 from depthprune.recovery.divergence import divergence, document_numbers, gradients_are_finite
 from depthprune.recovery.fitting import Fitting
-from depthprune.recovery.objectives import OBJECTIVES
+from depthprune.recovery.objectives import Distillation, Matching, Objective
+from depthprune.recovery.prefix_cache import PrefixCache
 from depthprune.recovery.resume import (
     check_accumulation,
     check_checkpoint,
@@ -33,6 +33,7 @@ from depthprune.recovery.resume import (
     stopped_early,
 )
 from depthprune.recovery.scoring import DomainScoring
+from depthprune.recovery.shared_prefix import objective_losses, suffix_start
 from depthprune.recovery.stopping import StopRequest
 from depthprune.sites import PruningPlan
 from depthprune.surgery import (
@@ -60,7 +61,13 @@ class RecoveryModule(DomainScoring):
         replacement: what stands in every removed site; the plan's own replacements if not given.
         options: options of that replacement, such as ``{"rank": 16}``.
         fitting: how maps are fitted in closed form before the first step; null lets them start from the mean update.
-        objective: what is minimised, a name from ``depthprune.recovery.objectives.OBJECTIVES``.
+        objective: what is minimised: a name from ``depthprune.recovery.objectives.OBJECTIVES``, or several with their
+            weights, such as ``{"logit_distillation": 1.0, "language_modelling": 0.1}``.
+        distillation: options of the objective ``logit_distillation``.
+        matching: options of the objective ``hidden_matching``.
+        prefix_cache: a folder where the streams before the first removed block are kept, for later runs with the same
+            base and the same batches, which then need not run those blocks: ``B T D`` numbers of the stream's dtype
+            for each batch.
         dtype: dtype of the base model; replacements are fp32.
         revision: the base model's revision on the hub.
         attn_implementation: the base model's attention.
@@ -76,7 +83,10 @@ class RecoveryModule(DomainScoring):
         replacement: str | None = None,
         options: dict[str, Any] | None = None,
         fitting: Fitting | None = Fitting(),  # noqa: B008 -- frozen
-        objective: str = "language_modelling",
+        objective: dict[str, float] | str = "language_modelling",
+        distillation: Distillation = Distillation(),  # noqa: B008 -- frozen
+        matching: Matching = Matching(),  # noqa: B008 -- frozen
+        prefix_cache: str | None = None,
         dtype: str = "auto",
         revision: str | None = None,
         attn_implementation: str | None = None,
@@ -85,11 +95,10 @@ class RecoveryModule(DomainScoring):
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
-        if objective not in OBJECTIVES:
-            raise unknown_name("objective", objective, OBJECTIVES)
+        self.objective = Objective.of(objective, distillation=distillation, matching=matching)
         if options and replacement is None:
             raise ValueError("Options belong to a replacement: set model.replacement too.")
-        self.save_hyperparameters(ignore=["optimizer", "scheduler", "fitting"])
+        self.save_hyperparameters(ignore=["optimizer", "scheduler", "fitting", "distillation", "matching"])
         self.fitting = fitting
         self.plan = PruningPlan.load(plan)
         if replacement is not None:
@@ -103,6 +112,7 @@ class RecoveryModule(DomainScoring):
         self.start_step: int | None = None  # where training began or went on
         self.base_weights = ""  # a hash, once the model is there
         self._stop = StopRequest()
+        self._prefix_cache: PrefixCache | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel, plan: str, **settings: Any) -> RecoveryModule:
@@ -170,12 +180,21 @@ class RecoveryModule(DomainScoring):
         self.is_calibrated = True
 
     def on_fit_start(self) -> None:
-        """Calibrate, and choose the seed of dropout."""
+        """Calibrate, choose the seed of dropout, and open the cache of prefixes."""
         restored_later = self.trainer.strategy.restore_checkpoint_after_setup and self.trainer.ckpt_path
         if not restored_later:
             self.calibrate()
         if self._dropout_seed is None:
             self._dropout_seed = torch.initial_seed()
+        if self.hparams["prefix_cache"]:
+            anatomy = Anatomy.of(self.causal_lm)
+            self._prefix_cache = PrefixCache(self.hparams["prefix_cache"], anatomy, suffix_start(anatomy))
+
+    def on_fit_end(self) -> None:
+        """Say what the cache of prefixes takes."""
+        if self._prefix_cache is not None:
+            size = self._prefix_cache.size() / 1e6
+            self.print(f"The prefix cache {self._prefix_cache.folder} takes {size:.1f} MB and can be removed.")
 
     def on_train_start(self) -> None:
         """Say where a resumed run goes on, and answer a SIGTERM from now on.
@@ -212,10 +231,14 @@ class RecoveryModule(DomainScoring):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The objective on one batch."""
-        loss = OBJECTIVES[self.hparams["objective"]](self.causal_lm, batch)
+        losses = objective_losses(self.causal_lm, self.plan, batch, self.objective, self._prefix_cache)
+        loss = losses.total
         if not torch.isfinite(loss):
             self._diverged = (loss.item(), document_numbers(batch))
-        self.log("4_training/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
+        rows = len(batch["input_ids"])
+        self.log("4_training/loss", loss, prog_bar=True, batch_size=rows)
+        if len(losses.parts) > 1:
+            self.log_dict({f"4_training/{name}": part for name, part in losses.parts.items()}, batch_size=rows)
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
         self.log("4_training/learning_rate", optimizer.param_groups[0]["lr"])
@@ -281,7 +304,7 @@ class RecoveryModule(DomainScoring):
         """Add the plan and what resuming must not change."""
         checkpoint["depthprune"] = {
             "plan": self.plan.to_dict(),
-            "settings": run_settings(self.hparams),
+            "settings": run_settings(self),
             "fit_settings": fit_settings(self),
             "dropout_seed": self._dropout_seed,
             "base_weights": self.base_weights,

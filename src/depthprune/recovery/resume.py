@@ -15,9 +15,10 @@ from depthprune.sites import PruningPlan
 ANEW = "drop the flag, or start anew with --ckpt_path null or in another folder"
 
 
-def run_settings(hparams: Mapping[str, Any]) -> dict[str, Any]:
+def run_settings(module: Any) -> dict[str, Any]:
     """The arguments of a RecoveryModule that a checkpoint's replacements belong to, whatever is done with them."""
-    return {name: hparams[name] for name in ("base", "revision", "replacement", "options", "objective")}
+    named = {name: module.hparams[name] for name in ("base", "revision", "replacement", "options", "objective")}
+    return {**named, **module.objective.settings()}
 
 
 def fit_settings(module: Any) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def check_checkpoint(module: Any, checkpoint: Mapping[str, Any]) -> None:
     plan = PruningPlan.from_dict(saved["plan"], "the checkpoint's plan")
     if [removal.to_dict() for removal in plan.removals] != [removal.to_dict() for removal in module.plan.removals]:
         raise ValueError(f"The checkpoint was made with another plan or replacement: {ANEW}.")
-    _check_same(saved["settings"], run_settings(module.hparams))
+    _check_same(saved["settings"], run_settings(module))
     if saved.get("base_weights", module.base_weights) != module.base_weights:
         raise ValueError(
             f"The weights of {module.hparams['base']} changed since the checkpoint was made: put the old ones back, or "
