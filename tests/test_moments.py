@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from depthprune.anatomy import Anatomy
-from depthprune.moments import MeanUpdates, Observation, mean_updates, observed, run_observed
+from depthprune.moments import MeanUpdates, Observation, Vectors, massive, mean_updates, observed, run_observed
 from depthprune.pruning import prune
 from depthprune.sites import KINDS, PruningPlan, Site
 from tests import brute_force
@@ -134,3 +134,13 @@ def test_only_the_trunk_runs_and_once_for_each_batch() -> None:
     mean_updates(model, calibration(), Anatomy.of(model).sites())
     assert calls == {"trunk": 3, "head": 0, "block": 3}
     assert len(Anatomy.of(model).sites()) == 3 * BLOCKS
+
+
+def test_which_tokens_are_massive() -> None:
+    before = torch.ones(9, 4)
+    before[2] *= 9.9
+    before[3] *= 10.1
+    after = before.clone()
+    after[5] *= 30
+    observation = Observation(Site(0, "block"), Vectors(before), Vectors(after))
+    assert massive(observation).nonzero().flatten().tolist() == [3, 5]

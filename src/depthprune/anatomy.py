@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from depthprune.families import Family, check_supported
+from depthprune.shards import whole
 from depthprune.sites import KINDS, Fingerprint, PruningPlan, Site
 
 
@@ -171,7 +171,7 @@ def unpruned_fingerprint(model: PreTrainedModel) -> Fingerprint:
     for name, tensor in sorted(model.state_dict().items()):
         if ".replacement." in name:
             continue
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        row = whole if whole.dim() < 2 else whole[0]
-        digest.update(row.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+        value = whole(tensor)
+        row = value if value.dim() < 2 else value[0]
+        digest.update(row.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return Fingerprint(architecture_of(model.config), digest.hexdigest()[:16])

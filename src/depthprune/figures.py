@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -188,6 +189,21 @@ def write_figure(figure: Figure, path: Path | str) -> None:
     """
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=RESOLUTION, metadata={"Software": None})
+
+
+def write_figures(folder: Path, figures: Mapping[str, tuple[str, Figure]]) -> None:
+    """Write figures as PNGs and to TensorBoard's event files in ``tensorboard``.
+
+    Args:
+        folder: where to.
+        figures: tag to the PNG's name and the figure.
+    """
+    logger = TensorBoardLogger(folder, name="tensorboard", version="")
+    board: Any = logger.experiment
+    for tag, (name, figure) in figures.items():
+        write_figure(figure, folder / name)
+        board.add_figure(tag, figure, close=False)
+    logger.finalize("success")
 
 
 def curve_label(results: StudyResults, texts: str) -> str:

@@ -17,9 +17,12 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from depthprune.anatomy import Anatomy
+from depthprune.covariances import NO_TOKEN
 from depthprune.head import Batch, evaluating, hidden_states, input_device, on_device
 from depthprune.sites import KINDS, Site
 from depthprune.surgery import Slot
+
+MASSIVE = 10.0  # a token is massive where its norm is this many times the site's median
 
 
 class Vectors:
@@ -79,6 +82,11 @@ class Observation:
     def update(self) -> Vectors:
         """What the site added to the stream, ``(N, D)``."""
         return Vectors(self.after.values - self.before.values)
+
+
+def massive(site: Observation) -> Tensor:
+    """Which tokens carry massive activations (arXiv 2402.17762), ``(N,)`` bool."""
+    return (site.before.l2 > MASSIVE * site.before.l2.median()) | (site.after.l2 > MASSIVE * site.after.l2.median())
 
 
 @contextmanager
@@ -170,6 +178,28 @@ def observed(
             handle.remove()
 
 
+@contextmanager
+def reads_kept(model: PreTrainedModel, sites: Iterable[Site], kept: dict[Site, Tensor]) -> Iterator[None]:
+    """Put what attentions and MLPs receive into ``kept``, for the length of a block."""
+    anatomy = Anatomy.of(model)
+
+    def keep(site: Site) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kept[site] = (args[0] if args else kwargs["hidden_states"]).detach()
+
+        return hook
+
+    handles = []
+    try:
+        for site in sites:
+            if site.kind != "block":
+                handles.append(anatomy.chain(site)[0].register_forward_pre_hook(keep(site), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class SiteMetric(Metric):
     """Base of metrics over sites: ``update`` takes one observation, ``end_batch`` comes after a batch's last one.
 
@@ -243,7 +273,7 @@ def run_observed(
                 metric.end_batch()
             tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
     if tokens == 0:
-        raise ValueError("There is no token to score or calibrate on: the batches are empty or all padding.")
+        raise ValueError(NO_TOKEN)
     return tokens
 
 

@@ -54,7 +54,7 @@ def writers(anatomy: Anatomy, plan: PruningPlan) -> tuple[Writer, ...]:
             end += 1
         refits = [owner[site] for site in order[place:end] if owner[site].replacement == "refit"]
         if refits:
-            options = Refit(**refits[0].options)
+            options = Refit(anatomy.hidden_size, **refits[0].options)
             before, after = _kept(order[:place][::-1], owner), _kept(order[end:], owner)
             if not (before[: options.before] or after[: options.after]):
                 raise ValueError(

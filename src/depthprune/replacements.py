@@ -13,32 +13,13 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 
 from depthprune.names import unknown_name
+from depthprune.shards import assign
 
 LARGEST = 1e6  # of any option
 SOURCES = ("own", "sequential", "next_kept", "mean_later")
-
-
-def assign(parameter: Tensor, value: Tensor) -> None:
-    """Put a value into a parameter, which may be spread over processes."""
-    with torch.no_grad():
-        if isinstance(parameter, DTensor):
-            value = distribute_tensor(value.to(parameter), parameter.device_mesh, parameter.placements)
-        parameter.copy_(value)
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """A parameter's value, which may be spread over processes."""
-    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
-
-
-def add(parameter: Tensor, value: Tensor) -> None:
-    """Add a value to a parameter, which may be spread over processes."""
-    own = whole(parameter)
-    assign(parameter, own + value.to(own))
 
 
 class Replacement(nn.Module):
@@ -49,10 +30,12 @@ class Replacement(nn.Module):
     Attributes:
         mean: the mean update, shape ``(D,)``, fp32.
         source: whose mean update it is (see :class:`EmulatedUpdate`).
+        solved_rank: the rank of the map that it can start from; None for any.
     """
 
     mean: Tensor
     source: str = "own"
+    solved_rank: int | None = 0
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -66,6 +49,17 @@ class Replacement(nn.Module):
         """Start from a mean update, shape ``(D,)``."""
         self.mean.copy_(mean)
 
+    def start_from(self, read_mean: Tensor, constant: Tensor, up: Tensor, down: Tensor) -> None:
+        """Start from the map ``constant + up down (read - read_mean)``; a replacement without a map from the constant.
+
+        Args:
+            read_mean: ``(D,)``.
+            constant: ``(D,)``; of a map not always the mean update, which :attr:`mean` goes on holding.
+            up: ``(D, r)``.
+            down: ``(r, D)``.
+        """
+        self.calibrate(constant)
+
 
 class MapReplacement(Replacement):
     """Base of replacements that map the read, centred on its mean.
@@ -75,37 +69,24 @@ class MapReplacement(Replacement):
     """
 
     read_mean: Tensor
+    solved_rank: int | None = None
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__(hidden_size)
         self.register_buffer("read_mean", torch.zeros(hidden_size, dtype=torch.float32))
 
-    @property
-    def solved_rank(self) -> int | None:
-        """The rank that a map has to have; None for any."""
-        return None
-
-    def start_from(self, read_mean: Tensor, constant: Tensor, up: Tensor, down: Tensor) -> None:
-        """Start from the map ``constant + up down (read - read_mean)``.
-
-        Args:
-            read_mean: ``(D,)``.
-            constant: ``(D,)``; not always the mean update, which :attr:`mean` goes on holding.
-            up: ``(D, r)``.
-            down: ``(r, D)``.
-        """
-        raise NotImplementedError
-
 
 class EmulatedUpdate(Replacement):
     """The frozen mean update of what was removed (arXiv 2407.16286, section 3.3).
 
-    The paper words the mean in two ways; ``source`` has both readings and one between.
+    The paper words the mean in two ways; ``source`` has both readings, one between, and the mean of what is lacking
+    once everything before the site is pruned.
 
     Args:
         hidden_size: width of the stream, D.
-        source: ``"own"``: mean update of the removed site itself; ``"next_kept"``: of the nearest deeper site of the
-            same kind that stays; ``"mean_later"``: mean over all deeper sites of the same kind that stay.
+        source: ``"own"``: mean update of the removed site itself; ``"sequential"``: mean of the unpruned stream after
+            it minus the pruned model's own stream before it; ``"next_kept"``: mean update of the nearest deeper site of
+            the same kind that stays; ``"mean_later"``: mean over all deeper sites of the same kind that stay.
         scale: factor on the mean.
     """
 
@@ -137,7 +118,7 @@ class Refit(Replacement):
             it writes, as in ReplaceMe (arXiv 2505.02819).
     """
 
-    def __init__(self, hidden_size: int = 1, before: int = 1, after: int = 4, through: str = "inputs") -> None:
+    def __init__(self, hidden_size: int, before: int = 1, after: int = 4, through: str = "inputs") -> None:
         super().__init__(hidden_size)
         if through not in ("inputs", "outputs"):
             raise unknown_name("way through which a layer is refit", through, ("inputs", "outputs"))
@@ -227,7 +208,7 @@ class Linear(MapReplacement):
         assign(self.map.bias, mean)
 
     def start_from(self, read_mean: Tensor, constant: Tensor, up: Tensor, down: Tensor) -> None:
-        """Start from a map (see :meth:`MapReplacement.start_from`)."""
+        """Start from a map (see :meth:`Replacement.start_from`)."""
         self.read_mean.copy_(read_mean)
         assign(self.map.bias, constant)
         assign(self.map.weight, up @ down)
@@ -260,6 +241,7 @@ class LowRankAdapter(MapReplacement):
             raise ValueError(f"The adapter's dropout is {dropout}: choose a probability from 0 up to, but not, 1.")
         if alpha == 0:
             raise ValueError("The adapter's alpha is 0, so it would add nothing: leave it out, or give another number.")
+        self.solved_rank = rank
         self.scaling = (rank if alpha is None else alpha) / rank
         self.dropout = nn.Dropout(dropout)
         self.down = nn.Linear(hidden_size, rank, bias=False, dtype=torch.float32)
@@ -272,13 +254,8 @@ class LowRankAdapter(MapReplacement):
         super().calibrate(mean)
         self.constant.copy_(mean)
 
-    @property
-    def solved_rank(self) -> int:
-        """The adapter's rank."""
-        return self.down.out_features
-
     def start_from(self, read_mean: Tensor, constant: Tensor, up: Tensor, down: Tensor) -> None:
-        """Start from a map (see :meth:`MapReplacement.start_from`), its size shared by both factors.
+        """Start from a map (see :meth:`Replacement.start_from`), its size shared by both factors.
 
         Adam's steps are of one size for both, so neither may be much larger than the other.
         """

@@ -6,7 +6,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,26 @@ from depthprune.files import read_json, write_json
 
 STUDY_VERSION = 1
 REMAINS = ("mean_updates.safetensors", "training")  # what a study without its results would wrongly go on with
+
+
+def check_config(folder: Path, what: str, saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Refuse to go on with results of another configuration.
+
+    Args:
+        folder: where they are.
+        what: they are, with its article.
+        saved: their configuration.
+        config: the present one.
+
+    Raises:
+        ValueError: the two differ.
+    """
+    differing = sorted(key for key in {*saved, *config} if saved.get(key) != config.get(key))
+    if differing:
+        raise ValueError(
+            f"{folder} holds {what} with another configuration ({', '.join(differing)} differ): name another output, "
+            "or remove it."
+        )
 
 
 class StudyFile:
@@ -56,12 +76,7 @@ class StudyFile:
         saved = content.get("config")
         if not isinstance(saved, dict):
             raise ValueError(f"{path} is a damaged study: it has no config. Remove its folder, or name another output.")
-        differing = sorted(key for key in {*saved, *config} if saved.get(key) != config.get(key))
-        if differing:
-            raise ValueError(
-                f"{path.parent} holds a study with another configuration ({', '.join(differing)} differ): "
-                "name another output, or remove it."
-            )
+        check_config(path.parent, "a study", saved, config)
         print(f"Going on with the study in {path.parent}.")
         return cls(path, content)
 

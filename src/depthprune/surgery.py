@@ -25,7 +25,8 @@ from transformers.pytorch_utils import Conv1D
 from depthprune.anatomy import Anatomy, pruning_record, unpruned_fingerprint
 from depthprune.names import unknown_name
 from depthprune.refit import layers
-from depthprune.replacements import Replacement, SolvedLayer, assign, build_replacement
+from depthprune.replacements import Replacement, SolvedLayer, build_replacement
+from depthprune.shards import assign
 from depthprune.sites import PruningPlan, Site
 
 POSITIONS = ("original", "none", "emulated_update", "replacement")

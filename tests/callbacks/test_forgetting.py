@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +164,11 @@ def test_the_layout_names_tags_that_are_there(rising: Path) -> None:
     (event,) = events.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     assert [category.title for category in layout.category] == ["1 overfitting", "2 forgetting", "3 damage"]
-    named = {tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag}
-    assert named <= set(scalars(rising / "tensorboard"))
+    patterns = {tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag}
+    there = set(scalars(rising / "tensorboard"))
+    found = {pattern: [tag for tag in there if re.search(pattern, tag)] for pattern in patterns}
+    assert {len(tags) for tags in found.values()} == {1}, "each pattern shows one tag and no other that it is part of"
+    named = {tag for tags in found.values() for tag in tags}
     assert {"1_overfitting/gap_growth", "2_forgetting/other"} <= named
     assert not any("/train/" in tag for tag in named)
 

@@ -20,7 +20,7 @@ from tests import brute_force
 from tests.brute_force import NOTHING, Update
 from tests.tiny_models import FAMILIES, WIDTH, calibration, tiny_batch, tiny_model
 
-KEEP = Fitting("sequential", "keep")
+KEEP = Fitting()
 STRENGTH = 0.03
 HELD_OUT = [tiny_batch("right", 6, 20, seed=31)]
 
@@ -116,7 +116,7 @@ def test_independent_maps(family: str) -> None:
         for name in names
     }
     install_slots(model, plan)
-    calibrate_on(model, plan, text(), HELD_OUT, Fitting("independent", "keep"))
+    calibrate_on(model, plan, text(), HELD_OUT, Fitting("independent"))
     for site, slot in site_slots(model, plan).items():
         check(slot.replacement, wanted[str(site)], str(site))
 
@@ -184,10 +184,10 @@ def test_massive_tokens_are_left_out() -> None:
     assert 0 < (~kept).sum() < 10
     plan = PruningPlan.of("block.2", replacement="linear")
     install_slots(model, plan)
-    for massive, chosen in (("drop", kept), ("keep", torch.ones_like(kept))):
-        calibrate_on(model, plan, batches, HELD_OUT, Fitting("sequential", massive))
+    for leave_out, chosen in ((True, kept), (False, torch.ones_like(kept))):
+        calibrate_on(model, plan, batches, HELD_OUT, Fitting(leave_out_massive=leave_out))
         replacement = site_slots(model, plan)[Site(2, "block")].replacement
-        check(replacement, ridge(before[chosen], (after - before)[chosen]), massive)
+        check(replacement, ridge(before[chosen], (after - before)[chosen]), f"leave out {leave_out}")
         assert isinstance(replacement, Replacement)
         torch.testing.assert_close(replacement.mean, (after - before).mean(0), rtol=1e-3, atol=1e-3)
 
@@ -212,5 +212,3 @@ def test_text_that_cannot_be_split() -> None:
         pass
     with pytest.raises(ValueError, match="order of fitting 'backwards'"):
         Fitting("backwards")
-    with pytest.raises(ValueError, match="'dropped'"):
-        Fitting(massive_tokens="dropped")

@@ -8,7 +8,8 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from depthprune.recovery.regression import Covariances, PairedMoments, RidgePath, best_map
+from depthprune.covariances import Covariances, PairedMoments
+from depthprune.recovery.regression import RidgePath, best_map
 
 INPUTS, TARGETS, TOKENS = 7, 5, 400
 STRENGTH = 0.01
@@ -60,16 +61,6 @@ def solved_by_descent(inputs: Tensor, targets: Tensor, rank: int) -> float:
     starts = (generator.standard_normal(rank * (INPUTS + TARGETS)) for _ in range(6))
     options = {"maxiter": 20_000, "maxfun": 40_000, "ftol": 1e-16, "gtol": 1e-12}
     return min(minimize(of_factors, start, jac=True, method="L-BFGS-B", options=options).fun for start in starts)
-
-
-def test_moments_are_those_of_the_tokens() -> None:
-    inputs, targets = text(1)
-    summed = moments(inputs, targets)
-    assert summed.tokens == TOKENS
-    covariance = np.cov(np.concatenate([inputs, targets], 1).T, bias=True)
-    np.testing.assert_allclose(summed.xx, covariance[:INPUTS, :INPUTS], rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(summed.xy, covariance[:INPUTS, INPUTS:], rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(summed.variance, np.trace(covariance[INPUTS:, INPUTS:]), rtol=1e-10)
 
 
 @pytest.mark.parametrize("rank", range(1, TARGETS))
@@ -135,12 +126,3 @@ def test_inputs_that_do_not_vary_and_one_token() -> None:
         found = best_map(fit, moments(inputs, targets))
         assert torch.isfinite(found.weight).all()
         torch.testing.assert_close(found.y, fit.y)
-
-
-def test_no_tokens_and_streams_that_are_not_finite() -> None:
-    with pytest.raises(ValueError, match="no token to score or calibrate on"):
-        PairedMoments(2, 2).covariances()
-    summed = PairedMoments(2, 2)
-    summed.update(torch.tensor([[1.0, float("inf")]]), torch.ones(1, 2))
-    with pytest.raises(ValueError, match="not finite"):
-        summed.covariances()

@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from depthprune.callbacks.boards import in_training, log_start
+from depthprune.callbacks.boards import log_start
 from depthprune.callbacks.forgetting import domain_loaders
+from depthprune.callbacks.monitor import RecoveryMonitor, in_training
 from depthprune.data.batches import Batches
 from depthprune.head import CHUNK, Batch, evaluating, hidden_states, input_device, logits_of, on_device, predicted_mask
 from depthprune.recovery.module import RecoveryModule
+from depthprune.recovery.objectives import Distillation, logit_distillation
 from depthprune.surgery import switched
 
 
@@ -58,7 +60,7 @@ class TokenAgreement(Metric):
         }
 
 
-class AgreementMonitor(Callback):
+class AgreementMonitor(RecoveryMonitor):
     """Logs, at every validation and for every domain, how far predictions are the unpruned model's, and which changed.
 
     - ``3_domains/DOMAIN/agreement``: share of the predicted tokens where both models put the same token first.
@@ -76,11 +78,6 @@ class AgreementMonitor(Callback):
 
     def __init__(self) -> None:
         self.right: dict[str, Tensor] = {}
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that the module can be compared with the unpruned model."""
-        if not isinstance(pl_module, RecoveryModule):
-            raise ValueError("AgreementMonitor works with RecoveryModule: remove the callback or change the module.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what is predicted right before the first step, unless that came from a checkpoint."""
@@ -156,9 +153,9 @@ def compare_predictions(model: PreTrainedModel, batch: Batch, position: str) -> 
     targets = batch["input_ids"][:, 1:][mask]
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for here, there, target in zip(*(rows_.split(CHUNK) for rows_ in rows), targets.split(CHUNK), strict=True):
-        variant, unpruned = (logits_of(model, part).float().log_softmax(-1) for part in (here, there))
+        variant, unpruned = (logits_of(model, part).float() for part in (here, there))
         chosen = variant.argmax(-1)
-        divergence = (unpruned.exp() * (unpruned - variant)).sum(-1)
+        divergence = logit_distillation(variant, unpruned, Distillation())
         found.append((chosen == unpruned.argmax(-1), divergence, chosen == target.to(chosen.device)))
     same, divergence, right = (torch.cat(column) for column in zip(*found, strict=True))
     return same, divergence, right

@@ -1,4 +1,4 @@
-"""What callbacks write beside the figures of a validation: those of the start, texts and pictures."""
+"""What callbacks write beside the figures of a validation: those of the start, and texts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.trainer.states import TrainerFn
-from matplotlib.figure import Figure
 
 
 def log_start(trainer: Trainer, figures: Mapping[str, float]) -> None:
@@ -23,18 +21,7 @@ def write_text(trainer: Trainer, tag: str, text: str) -> None:
         board.add_text(tag, text, trainer.global_step)
 
 
-def draw(trainer: Trainer, tag: str, figure: Figure) -> None:
-    """Put a figure into TensorBoard, at the present step."""
-    for board in boards(trainer):
-        board.add_figure(tag, figure, trainer.global_step)
-
-
 def boards(trainer: Trainer) -> Iterator[Any]:
     """The summary writer of each TensorBoard logger; only the first process has any."""
     if trainer.is_global_zero:
         yield from (logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
-
-
-def in_training(trainer: Trainer) -> bool:
-    """Whether a validation is one of a fit: one by itself may be on other text than the start was measured on."""
-    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking

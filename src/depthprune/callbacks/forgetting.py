@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 
-from depthprune.callbacks.boards import boards, in_training, log_start, write_text
+from depthprune.callbacks.boards import boards, log_start, write_text
+from depthprune.callbacks.monitor import RecoveryMonitor, in_training
 from depthprune.evaluation.domains import DomainLoss
 from depthprune.recovery.module import RecoveryModule
 
@@ -15,7 +17,7 @@ BASELINES = {"unpruned": "original", "none": "none", "emulated_update": "emulate
 """What every domain is compared with, and how the slots are switched for it."""
 
 
-class ForgettingMonitor(Callback):
+class ForgettingMonitor(RecoveryMonitor):
     """Logs, at every validation and for every domain, forgetting, regression and what came back of the damage.
 
     Forgetting at a step is the domain's loss minus the lowest loss that it had at any step so far, the start included;
@@ -33,11 +35,6 @@ class ForgettingMonitor(Callback):
         self.start: dict[str, DomainLoss] = {}
         self.lowest: dict[str, float] = {}
         self.regressed: dict[str, int] = {}
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that the module can be compared with its variants."""
-        if not isinstance(pl_module, RecoveryModule):
-            raise ValueError("ForgettingMonitor works with RecoveryModule: remove the callback or change the module.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the fixed variants and the start, unless they came from a checkpoint."""
@@ -116,40 +113,34 @@ def add_layout(trainer: Trainer, domains: list[str], damaged: list[str]) -> None
     """Lay out TensorBoard's custom scalars: overfitting and forgetting first, then each domain."""
     layout = {
         "1 overfitting": {
-            "validation against training documents": [
-                "Multiline",
-                ["1_overfitting/val_loss", "1_overfitting/train_loss"],
-            ],
-            "rise of validation over training loss since the start": [
-                "Multiline",
-                ["1_overfitting/gap_growth"],
-            ],
+            "validation against training documents": _chart("1_overfitting/val_loss", "1_overfitting/train_loss"),
+            "rise of validation over training loss since the start": _chart("1_overfitting/gap_growth"),
         },
         "2 forgetting": {
-            "loss above its lowest so far": [
-                "Multiline",
-                [f"2_forgetting/{domain}" for domain in domains],
-            ],
-            "regression: loss above the start (the closed form)": [
-                "Multiline",
-                [f"2_forgetting/{domain}_regression" for domain in domains],
-            ],
-            "loss above the emulated update": [
-                "Multiline",
-                [f"3_domains/{domain}/minus_emulated_update" for domain in domains],
-            ],
+            "loss above its lowest so far": _chart(*(f"2_forgetting/{domain}" for domain in domains)),
+            "regression: loss above the start (the closed form)": _chart(
+                *(f"2_forgetting/{domain}_regression" for domain in domains)
+            ),
+            "loss above the emulated update": _chart(
+                *(f"3_domains/{domain}/minus_emulated_update" for domain in domains)
+            ),
         },
         "3 damage": {
             **(
-                {"share that came back": ["Multiline", [f"3_domains/{domain}/recovered" for domain in damaged]]}
+                {"share that came back": _chart(*(f"3_domains/{domain}/recovered" for domain in damaged))}
                 if damaged
                 else {}
             ),
             **{
-                f"{domain}: loss above the unpruned model": ["Multiline", [f"3_domains/{domain}/minus_unpruned"]]
+                f"{domain}: loss above the unpruned model": _chart(f"3_domains/{domain}/minus_unpruned")
                 for domain in domains
             },
         },
     }
     for board in boards(trainer):
         board.add_custom_scalars(layout)
+
+
+def _chart(*tags: str) -> list[Any]:
+    """A chart of these tags alone; TensorBoard reads a tag as a pattern that may stand anywhere in others."""
+    return ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]]

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 
-from depthprune.callbacks.boards import in_training, log_start
+from depthprune.callbacks.boards import log_start
+from depthprune.callbacks.monitor import RecoveryMonitor, in_training
 from depthprune.evaluation.domains import DomainLoss, Interval, rise_apart
 from depthprune.recovery.module import RecoveryModule
 
@@ -36,7 +37,7 @@ class Scores:
         return cls(data["step"], *(DomainLoss.from_dict(data[name]) for name in ("training", "validation")))
 
 
-class OverfittingMonitor(Callback):
+class OverfittingMonitor(RecoveryMonitor):
     """Logs training and validation loss on comparable batches, how they part, and where overfitting sets in.
 
     Both are scored in evaluation mode on the same number of sequences. Their gap is logged, and how much it grew since
@@ -60,11 +61,6 @@ class OverfittingMonitor(Callback):
         self.lowest: Scores | None = None
         self.healthy_steps = 0
         self.onset: int | None = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that the module scores domains."""
-        if not isinstance(pl_module, RecoveryModule):
-            raise ValueError("OverfittingMonitor works with RecoveryModule: remove the callback or change the module.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score both sets before the first step, unless that came from a checkpoint."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from transformers import PreTrainedModel
 
@@ -18,18 +17,18 @@ from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
 from depthprune.evaluation.domains import document_loss
-from depthprune.figures import write_figure
+from depthprune.figures import write_figures
 from depthprune.files import make_folder, only_writer, read_json, write_json, write_text
 from depthprune.loading import load
 from depthprune.names import unknown_name
 from depthprune.progress import tracked
 from depthprune.recovery.ablations import Rung, climbed
-from depthprune.report.ablation import ablation_figure, console_table, report
+from depthprune.report.ablation import BARE, UNPRUNED, ablation_figure, console_table, report
 from depthprune.sites import PruningPlan
+from depthprune.study_file import check_config
 from depthprune.surgery import check_plan, install_slots, remove_slots, switched
 
 VERSION = 1
-UNPRUNED, BARE = "unpruned", "none"
 
 
 def ablate(
@@ -112,12 +111,7 @@ def ablate(
             content["losses"].setdefault(str(sample), {})[label] = measured
             write_json(path, content)
         write_text(folder / "ablation.md", report(content))
-        figure = ablation_figure(content)
-        write_figure(figure, folder / "ablation.png")
-        logger = TensorBoardLogger(folder, name="tensorboard", version="")
-        writer: Any = logger.experiment
-        writer.add_figure("share recovered", figure, close=False)
-        logger.finalize("success")
+        write_figures(folder, {"share recovered": ("ablation.png", ablation_figure(content))})
         Console().print(console_table(content))
         print(f"Wrote ablation.json, ablation.md, ablation.png and a TensorBoard figure to {folder}.")
 
@@ -133,13 +127,7 @@ def _opened(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     content = read_json(path, "an ablation's results")
     if not isinstance(content, dict) or content.get("depthprune_ablation") != VERSION:
         raise ValueError(f"{path} is no ablation of this version: remove it, or name another output.")
-    saved = content["config"]
-    differing = sorted(key for key in {*saved, *config} if saved.get(key) != config.get(key))
-    if differing:
-        raise ValueError(
-            f"{path.parent} holds an ablation with another configuration ({', '.join(differing)} differ): name another "
-            "output, or remove it."
-        )
+    check_config(path.parent, "an ablation", content["config"], config)
     print(f"Going on with the ablation in {path.parent}.")
     return content
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +17,7 @@ from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
 from depthprune.evaluation.curve import UNPRUNED, first_sites, variant_losses
 from depthprune.evaluation.domains import Interval
-from depthprune.figures import write_figure
+from depthprune.figures import write_figures
 from depthprune.files import make_folder, only_writer, write_json, write_text
 from depthprune.influence.figures import PLURALS, curve_figure
 from depthprune.influence.table import InfluenceTable
@@ -125,13 +124,8 @@ def curve(
         }
         write_json(folder / "curve.json", content)
         write_text(folder / "curve.md", report(content))
-        figure = curve_figure(rows)
-        write_figure(figure, folder / "curve.png")
+        write_figures(folder, {"held-out loss by sites removed": ("curve.png", curve_figure(rows))})
         saved.remove()
-        logger = TensorBoardLogger(folder, name="tensorboard", version="")
-        writer: Any = logger.experiment
-        writer.add_figure("held-out loss by sites removed", figure, close=False)
-        logger.finalize("success")
         Console().print(_console(rows))
         print(f"Wrote curve.json, curve.md, curve.png and a TensorBoard figure to {folder}.")
         kind, number = next(iter(best))

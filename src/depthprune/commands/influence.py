@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.strategies import ModelParallelStrategy
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from depthprune.anatomy import unpruned_fingerprint
 from depthprune.data.batches import Batches
@@ -21,7 +20,7 @@ from depthprune.data.module import one_text
 from depthprune.data.questions import ChoiceSource
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import shard_blocks, start_fabric
-from depthprune.figures import write_figure
+from depthprune.figures import write_figures
 from depthprune.files import make_folder, only_writer
 from depthprune.influence.ablation import Sampling
 from depthprune.influence.agreement import agreement
@@ -172,9 +171,4 @@ def write_influence(table: InfluenceTable, folder: Path) -> None:
     figures = {"influence by depth": ("influence.png", influence_figure(table))}
     if any(len(agreement(table, kind)) > 1 for kind in KINDS):
         figures["agreement of metrics"] = ("agreement.png", agreement_figure(table))
-    logger = TensorBoardLogger(folder, name="tensorboard", version="")
-    writer: Any = logger.experiment
-    for title, (name, figure) in figures.items():
-        write_figure(figure, folder / name)
-        writer.add_figure(title, figure, close=False)
-    logger.finalize("success")
+    write_figures(folder, figures)

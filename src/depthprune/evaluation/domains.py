@@ -59,6 +59,21 @@ class _Resampled:
     def constant(cls, value: float) -> _Resampled:
         return cls((value, value), np.full(RESAMPLES, value))
 
+    @classmethod
+    def ratio(cls, over: np.ndarray, under: np.ndarray, seed: int = 0) -> _Resampled:
+        """The ratio of two sums over the same documents."""
+        result = bootstrap(
+            (over, under),
+            lambda one, other, axis: one.sum(axis) / other.sum(axis),
+            paired=True,
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
+        ends = result.confidence_interval
+        return cls((float(ends.low), float(ends.high)), result.bootstrap_distribution)
+
 
 @dataclass(frozen=True)
 class DomainLoss:
@@ -112,17 +127,7 @@ class DomainLoss:
         if len(gaps) < 2 or np.ptp(gaps) == 0.0:
             same = len(gaps) >= 2 and not gaps.any()
             return value, _Resampled.constant(value if same else math.nan)
-        result = bootstrap(
-            (gaps, tokens),
-            lambda gap, token, axis: gap.sum(axis) / token.sum(axis),
-            paired=True,
-            vectorized=True,
-            n_resamples=RESAMPLES,
-            method="percentile",
-            rng=np.random.default_rng(seed),
-        )
-        ends = result.confidence_interval
-        return value, _Resampled((float(ends.low), float(ends.high)), result.bootstrap_distribution)
+        return value, _Resampled.ratio(gaps, tokens, seed)
 
     def recovered(self, bare: DomainLoss, unpruned: DomainLoss) -> Interval:
         """Which share of what pruning did came back: ``(bare - this) / (bare - unpruned)``, paired by document.
@@ -134,18 +139,7 @@ class DomainLoss:
         present = self.tokens > 0
         back, damage = (bare.nats - self.nats)[present], (bare.nats - unpruned.nats)[present]
         value = float(back.sum() / damage.sum())
-        if len(back) < 2:
-            return Interval(value, math.nan, math.nan)
-        result = bootstrap(
-            (back, damage),
-            lambda one, other, axis: one.sum(axis) / other.sum(axis),
-            paired=True,
-            vectorized=True,
-            n_resamples=RESAMPLES,
-            method="percentile",
-            rng=np.random.default_rng(0),
-        )
-        return Interval(value, float(result.confidence_interval.low), float(result.confidence_interval.high))
+        return Interval(value, *(_Resampled.ratio(back, damage).interval if len(back) > 1 else (math.nan, math.nan)))
 
     @classmethod
     def pooled(cls, parts: Sequence[DomainLoss]) -> DomainLoss:

@@ -11,8 +11,8 @@ from torch import Tensor
 from depthprune.anatomy import Anatomy
 from depthprune.data.batches import world_and_rank
 from depthprune.influence.clusters import ClusterSums
-from depthprune.influence.static import cosine, massive
-from depthprune.moments import Observation, SiteMetric, Vectors
+from depthprune.influence.static import cosine
+from depthprune.moments import Observation, SiteMetric, Vectors, massive
 from depthprune.sites import Site
 
 

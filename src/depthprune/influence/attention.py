@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from depthprune.anatomy import Anatomy
+from depthprune.covariances import NO_TOKEN
 from depthprune.data.batches import world_and_rank
 from depthprune.head import Batch, evaluating, hidden_states, input_device, on_device
 from depthprune.influence.clusters import ClusterSums, ClusterTotals
@@ -165,4 +166,4 @@ def run_attention(influence: AttentionInfluence, batches: Iterable[Batch]) -> No
             mask = batch.get("attention_mask")
             tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
     if tokens == 0:
-        raise ValueError("There is no token to score or calibrate on: the batches are empty or all padding.")
+        raise ValueError(NO_TOKEN)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 
 from depthprune.anatomy import Anatomy
 from depthprune.influence.clusters import one_seed
+from depthprune.shards import whole
 from depthprune.sites import KINDS, Site
 
 
@@ -30,7 +30,7 @@ def magnitude(anatomy: Anatomy, site: Site, seed: int) -> float:
             if parameter.is_meta:
                 raise ValueError(f"The weights of {site} are not in memory: load the model without offloading.")
             share = parameter.detach().abs().sum(dtype=torch.float64)
-            total += float(share.full_tensor() if isinstance(share, DTensor) else share)
+            total += float(whole(share))
     return total
 
 

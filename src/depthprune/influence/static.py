@@ -14,12 +14,11 @@ from torch import Tensor
 
 from depthprune.data.batches import world_and_rank
 from depthprune.influence.clusters import ClusterSums, ClusterTotals, mean
-from depthprune.moments import Observation, SiteMetric, Vectors
+from depthprune.moments import Observation, SiteMetric, Vectors, massive
 from depthprune.names import unknown_name
 from depthprune.sites import Site
 
 TINY = 1e-30  # keeps a token whose stream is exactly zero from dividing by zero
-MASSIVE = 10.0  # a token is massive where its norm is this many times the site's median
 
 
 def cosine(site: Observation, denominator: Vectors) -> Tensor:
@@ -128,8 +127,3 @@ class StaticInfluence(SiteMetric):
         return {
             metric: whole.rows(slice(place * count, (place + 1) * count)) for place, metric in enumerate(self.metrics)
         }
-
-
-def massive(site: Observation) -> Tensor:
-    """Which tokens carry massive activations (arXiv 2402.17762), ``(N,)`` bool."""
-    return (site.before.l2 > MASSIVE * site.before.l2.median()) | (site.after.l2 > MASSIVE * site.after.l2.median())

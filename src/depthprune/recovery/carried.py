@@ -52,7 +52,7 @@ def carry(model: PreTrainedModel, batches: Iterable[Batch]) -> list[CarriedBatch
     carried = []
     with evaluating(model):
         for batch in on_device(batches, model):
-            stream, calls = before(anatomy, batch, 0)
+            stream, calls = stream_before(anatomy, batch, 0)
             counts = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
             carried.append(CarriedBatch(calls, counts, stream, stream))
     return carried
@@ -72,7 +72,7 @@ def run_block(anatomy: Anatomy, place: int, calls: Mapping[int, Call], stream: T
     return anatomy.blocks[place](stream, *args, **kwargs)
 
 
-def before(anatomy: Anatomy, batch: Batch, place: int) -> tuple[Tensor, dict[int, Call]]:
+def stream_before(anatomy: Anatomy, batch: Batch, place: int) -> tuple[Tensor, dict[int, Call]]:
     """Run a model up to a block: the stream before it, ``(B, T, D)``, and what it and all later blocks would get."""
     with _passed_through(anatomy, place) as found:
         hidden_states(anatomy.model, batch)

@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from depthprune.anatomy import Anatomy
+from depthprune.covariances import NO_TOKEN
 from depthprune.head import Batch
 from depthprune.moments import mean_updates
 from depthprune.recovery.fitting import Fitting, fit_maps
-from depthprune.recovery.regression import NO_TOKEN, AffineMap
+from depthprune.recovery.regression import AffineMap
 from depthprune.recovery.scales import fit_scales
 from depthprune.replacements import Replacement, is_fitted
 from depthprune.sites import PruningPlan, Removal, Site
@@ -26,7 +27,7 @@ def sites_to_measure(model: PreTrainedModel, plan: PruningPlan, fitting: Fitting
     anatomy = Anatomy.of(model)
     needed: set[Site] = set()
     for removal in plan.removals:
-        if removal.replacement != "none" and not (fitting and is_fitted(removal.replacement, removal.options)):
+        if removal.replacement != "none" and not _will_be_fitted(removal, fitting):
             needed.update(_source_sites(anatomy, plan, removal))
     return tuple(sorted(needed))
 
@@ -48,7 +49,7 @@ def calibrate(
     anatomy = Anatomy.of(model)
     for removal in plan.removals:
         replacement = site_slots(model, plan)[removal.sites[0]].replacement
-        if not isinstance(replacement, Replacement) or (fitting and is_fitted(removal.replacement, removal.options)):
+        if not isinstance(replacement, Replacement) or _will_be_fitted(removal, fitting):
             continue
         parts = torch.stack([means[site] for site in _source_sites(anatomy, plan, removal)])
         # the updates of a run of blocks add up; another source is averaged
@@ -85,27 +86,27 @@ def calibrate_on(
     Raises:
         ValueError: there is no token to calibrate or fit on.
     """
-    fitted = fitting is not None and any(is_fitted(removal.replacement, removal.options) for removal in plan.removals)
+    fitted = any(_will_be_fitted(removal, fitting) for removal in plan.removals)
     scaled = fitting is not None and any(removal.replacement == "scaled_update" for removal in plan.removals)
+    tune = [] if held_out is None else held_out
     if fitted or scaled:
         batches = list(batches)
         if held_out is None:
-            batches, held_out = _split(batches)
+            batches, tune = _split(batches)
     needed = sites_to_measure(model, plan, fitting)
     means: Mapping[Site, Tensor] = {}
     if needed:
         with switched(model, "original"):
             means = mean_updates(model, batches, needed)
     calibrate(model, plan, means, fitting)
-    found: dict[Site, AffineMap] = {}
-    if fitted:
-        assert fitting is not None
-        assert held_out is not None
-        found = fit_maps(model, plan, batches, held_out, fitting)
+    found = fit_maps(model, plan, batches, tune, fitting) if fitting and fitted else {}
     if scaled:
-        assert held_out is not None
-        fit_scales(model, plan, held_out)
+        fit_scales(model, plan, tune)
     return found
+
+
+def _will_be_fitted(removal: Removal, fitting: Fitting | None) -> bool:
+    return fitting is not None and is_fitted(removal.replacement, removal.options)
 
 
 def _split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:

@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from depthprune.anatomy import Anatomy
+from depthprune.covariances import Covariances, PairedMoments
 from depthprune.head import Batch, evaluating
-from depthprune.moments import MeanUpdates, Observation, Vectors
+from depthprune.moments import MeanUpdates, Observation, Vectors, massive, reads_kept
 from depthprune.names import unknown_name
 from depthprune.recovery.carried import CarriedBatch, carry, hooked, through
-from depthprune.recovery.regression import STRENGTHS, AffineMap, Covariances, PairedMoments, best_map
+from depthprune.recovery.regression import STRENGTHS, AffineMap, best_map
 from depthprune.recovery.segments import Segment, Streams, attention_kept, segments, stream_after, unpruned_streams
 from depthprune.refit import Writer, writers
-from depthprune.replacements import MapReplacement, Replacement, SolvedLayer, add, is_fitted, whole
+from depthprune.replacements import Replacement, SolvedLayer, is_fitted
+from depthprune.shards import add, whole
 from depthprune.sites import PruningPlan, Removal, Site
 from depthprune.surgery import Slot, site_slots
 
 ORDERS = ("sequential", "independent")
-MASSIVE = ("keep", "drop")
-MASSIVE_NORM = 10.0  # a token is massive where its stream is longer than the median so many times
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,16 @@ class Fitting:
     Attributes:
         order: sequential (front to back, each in the stream of what is pruned already, towards the unpruned model's
             stream at that depth) or independent (each towards its own site's update in the unpruned stream).
-        massive_tokens: keep, or drop: leave out tokens whose stream before or after the site is over 10 times as long
-            as the batch's median. A map that never saw them ruins them, and with them the attention of all others.
+        leave_out_massive: leave out tokens whose stream norm, before or after the site, is over 10 times the median of
+            the batch. A map that never saw them ruins them, and with them the attention of all others.
     """
 
     order: str = "sequential"
-    massive_tokens: str = "keep"
+    leave_out_massive: bool = False
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
             raise unknown_name("order of fitting", self.order, ORDERS)
-        if self.massive_tokens not in MASSIVE:
-            raise unknown_name("treatment of massive tokens", self.massive_tokens, MASSIVE)
 
 
 def fit_maps(
@@ -75,6 +73,7 @@ def fit_maps(
     slots = site_slots(model, plan)
     solved_here = [r for r in plan.removals if r.replacement != "refit" and is_fitted(r.replacement, r.options)]
     waiting: list[Removal | Writer] = [*solved_here, *writers(anatomy, plan)]
+    refit = {item.site.index for item in waiting if isinstance(item, Writer)}
     found: dict[Site, AffineMap] = {}
     with evaluating(model):
         texts = carry(model, batches), carry(model, held_out)
@@ -85,17 +84,21 @@ def fit_maps(
                 if isinstance(item, Writer):
                     found[item.site] = _refit(anatomy, segment, item, parts, fitting)
                     continue
-                replacement = slots[item.sites[0]].replacement
+                replacement = slots[_site(item)].replacement
                 assert isinstance(replacement, Replacement)
                 fit, tune = (_moments(anatomy, segment, item, part, fitting) for part in parts)
-                solved = best_map(fit, tune, getattr(replacement, "solved_rank", 0), STRENGTHS)
+                solved = best_map(fit, tune, replacement.solved_rank, STRENGTHS)
                 replacement.calibrate(_mean_update(anatomy, item, parts[0]))
-                _place(replacement, solved)
+                replacement.start_from(solved.x, solved.y, solved.up, solved.down)
                 found[_site(item)] = solved
             if not waiting:
                 break
+            is_changed = bool(segment.removals) or anatomy.kept_blocks[segment.places[0]] in refit
             for batch, streams in chain(*parts):
-                batch.pruned = through(anatomy, segment.places, batch, batch.pruned, "replacement")
+                if is_changed or batch.pruned is not batch.unpruned:
+                    batch.pruned = through(anatomy, segment.places, batch, batch.pruned, "replacement")
+                else:  # both models are the same so far
+                    batch.pruned = streams.after
                 batch.unpruned = streams.after
     return found
 
@@ -126,23 +129,23 @@ def _refit(
     assert isinstance(layer, Slot)
     assert isinstance(layer.replacement, SolvedLayer)
     solved_layer = layer.replacement
-    width = solved_layer.weight.shape[1]
-    old = whole(solved_layer.weight) if writer.through == "outputs" else None  # (Q, P)
+    old = whole(solved_layer.weight)  # (Q, P)
+    outputs = writer.through == "outputs"
     moments = []
     for part in parts:
-        summed = PairedMoments(anatomy.hidden_size if old is not None else width, anatomy.hidden_size)
+        summed = PairedMoments(old.shape[0 if outputs else 1], anatomy.hidden_size)
         for batch, streams in part:
             inputs, lack = _inputs_and_lack(anatomy, segment, writer, batch, streams)
-            counts = _counted(batch, streams.ends(writer.site.kind), fitting).to(lack.device)
+            counts = _counted(writer.site, batch, streams, fitting).to(lack.device)
             rows = inputs[counts].float()
-            summed.to(lack.device).update(rows if old is None else rows @ old.T, lack[counts])
+            summed.to(lack.device).update(rows @ old.T if outputs else rows, lack[counts])
         covariances = summed.covariances()
         if solved_layer.bias is None:
             covariances = covariances.about(torch.zeros_like(covariances.x), torch.zeros_like(covariances.y))
         moments.append(covariances)
     fit, tune = moments
     solved = best_map(fit, tune, strengths=STRENGTHS)
-    add(solved_layer.weight, solved.weight if old is None else solved.weight @ old.to(solved.weight))
+    add(solved_layer.weight, solved.weight @ old.to(solved.weight) if outputs else solved.weight)
     if solved_layer.bias is not None:
         add(solved_layer.bias, solved.y - solved.weight @ solved.x)
     return solved
@@ -166,13 +169,17 @@ def _inputs_and_lack(
     return kept["inputs"].view(*pruned.shape[:2], -1), wanted.float() - pruned.float()
 
 
-def _counted(batch: CarriedBatch, ends: Iterable[Tensor], fitting: Fitting) -> Tensor:
+def _observed(site: Site, batch: CarriedBatch, streams: Streams) -> Observation:
+    """What a site, or a run of blocks that begins with it, does to the unpruned stream; without padding."""
+    before, after = (end[batch.counts.to(end.device)].float() for end in streams.ends(site.kind))
+    return Observation(site, Vectors(before), Vectors(after))
+
+
+def _counted(site: Site, batch: CarriedBatch, streams: Streams, fitting: Fitting) -> Tensor:
     """Which tokens are fitted to, ``(B, T)`` bool, by the unpruned stream at both ends of a site."""
-    counts = batch.counts
-    for stream in ends if fitting.massive_tokens == "drop" else ():
-        counts = counts.to(stream.device)
-        norms = stream.float().norm(dim=-1)
-        counts = counts & (norms <= MASSIVE_NORM * norms[counts].median())
+    counts = batch.counts.to(streams.after.device)
+    if fitting.leave_out_massive:
+        counts = counts.masked_scatter(counts, ~massive(_observed(site, batch, streams)))
     return counts
 
 
@@ -186,7 +193,7 @@ def _moments(
     moments = PairedMoments(anatomy.hidden_size, anatomy.hidden_size)
     for batch, streams in text:
         read, target = _read_and_target(anatomy, segment, removal, batch, streams, fitting.order == "sequential")
-        counts = _counted(batch, streams.ends(removal.sites[0].kind), fitting).to(read.device)
+        counts = _counted(removal.sites[0], batch, streams, fitting).to(read.device)
         moments.to(read.device).update(read[counts].float(), target[counts])
     return moments.covariances()
 
@@ -205,16 +212,12 @@ def _read_and_target(
     after = streams.ends(site.kind)[1].float()
     if site.kind == "block":
         return stream, after - stream.float()
-    kept: dict[str, Tensor] = {}
-
-    def keep_read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kept["read"] = args[0] if args else kwargs["hidden_states"]
-
-    with hooked((anatomy.chain(site)[0], "before", keep_read)), attention_kept(anatomy, segment.places[0], kept):
+    kept, reads = dict[str, Tensor](), dict[Site, Tensor]()
+    with reads_kept(anatomy.model, [site], reads), attention_kept(anatomy, segment.places[0], kept):
         through(anatomy, segment.places, batch, stream, "replacement" if is_sequential else "original")
     if site.kind == "mlp":
         stream = stream + kept["update"].view_as(stream)
-    return kept["read"].view_as(stream), after - stream.float()
+    return reads[site].view_as(stream), after - stream.float()
 
 
 def _mean_update(anatomy: Anatomy, removal: Removal, text: Iterable[tuple[CarriedBatch, Streams]]) -> Tensor:
@@ -222,15 +225,5 @@ def _mean_update(anatomy: Anatomy, removal: Removal, text: Iterable[tuple[Carrie
     site = removal.sites[0]
     mean = MeanUpdates([site], anatomy.hidden_size)
     for batch, streams in text:
-        before, after = (end[batch.counts.to(end.device)].float() for end in streams.ends(site.kind))
-        mean.to(after.device).update(Observation(site, Vectors(before), Vectors(after)))
+        mean.to(streams.after.device).update(_observed(site, batch, streams))
     return mean.compute()[site]
-
-
-def _place(replacement: Replacement, solved: AffineMap) -> None:
-    if not isinstance(replacement, MapReplacement):
-        replacement.calibrate(solved.y)
-    elif solved.up is None or solved.down is None:
-        replacement.start_from(solved.x, solved.y, solved.weight, torch.eye(len(solved.x)).to(solved.weight))
-    else:
-        replacement.start_from(solved.x, solved.y, solved.up, solved.down)

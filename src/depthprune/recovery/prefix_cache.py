@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from depthprune.anatomy import Anatomy
 from depthprune.files import make_folder, whole_file
 from depthprune.head import Batch
+from depthprune.shards import whole
 
 
 class PrefixCache:
@@ -91,7 +91,7 @@ def _fingerprint(anatomy: Anatomy, start: int) -> str:
     for name, tensor in sorted(decoder.state_dict().items()):
         if name.startswith(blocks) and int(name.removeprefix(blocks).split(".")[0]) >= start:
             continue
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        row = (whole if whole.dim() < 2 else whole[0]).detach().reshape(-1)
+        value = whole(tensor)
+        row = (value if value.dim() < 2 else value[0]).reshape(-1)
         digest.update(name.encode() + row.to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()

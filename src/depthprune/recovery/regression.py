@@ -12,102 +12,11 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-NO_TOKEN = "There is no token to score or calibrate on: the batches are empty, all padding, or all left out."
+from depthprune.covariances import Covariances
+
 STRENGTHS = tuple(10.0**power for power in range(-7, 2))
 """Ridges that are tried, as shares of the mean variance of the inputs."""
-
-
-@dataclass(frozen=True)
-class Covariances:
-    """Means and covariances of inputs ``x (P,)`` and targets ``y (Q,)`` over some tokens, fp64.
-
-    Attributes:
-        tokens: how many.
-        x: mean of the inputs, ``(P,)``.
-        y: mean of the targets, ``(Q,)``.
-        xx: covariance of the inputs, ``(P, P)``.
-        xy: of inputs with targets, ``(P, Q)``.
-        variance: summed variance of the targets, a scalar.
-    """
-
-    tokens: int
-    x: Tensor
-    y: Tensor
-    xx: Tensor
-    xy: Tensor
-    variance: Tensor
-
-    def about(self, x: Tensor, y: Tensor) -> Covariances:
-        """The same second moments about other means than their own."""
-        dx, dy = self.x - x, self.y - y
-        second = self.xx + torch.outer(dx, dx), self.xy + torch.outer(dx, dy), self.variance + dy @ dy
-        return Covariances(self.tokens, x, y, *second)
-
-
-class PairedMoments(Metric):
-    """Sums over tokens from which :class:`Covariances` follow, pooled over processes.
-
-    Args:
-        inputs: P.
-        targets: Q.
-    """
-
-    full_state_update = False
-    tokens: Tensor
-    x: Tensor
-    y: Tensor
-    xx: Tensor
-    xy: Tensor
-    yy: Tensor
-
-    def __init__(self, inputs: int, targets: int, **kwargs: object) -> None:
-        super().__init__(**kwargs)
-        shapes = {
-            "tokens": (),
-            "x": (inputs,),
-            "y": (targets,),
-            "xx": (inputs, inputs),
-            "xy": (inputs, targets),
-            "yy": (),
-        }
-        for name, shape in shapes.items():
-            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, inputs: Tensor, targets: Tensor) -> None:
-        """Add tokens.
-
-        Args:
-            inputs: ``(N, P)``.
-            targets: ``(N, Q)``.
-        """
-        inputs, targets = inputs.to(self.x), targets.to(self.y)
-        self.tokens += len(inputs)
-        self.x += inputs.sum(0)
-        self.y += targets.sum(0)
-        self.xx.addmm_(inputs.T, inputs)
-        self.xy.addmm_(inputs.T, targets)
-        self.yy += targets.square().sum()
-
-    def compute(self) -> dict[str, Tensor]:
-        """The sums over all tokens and processes, by name."""
-        return {name: getattr(self, name) for name in self._defaults}
-
-    def covariances(self) -> Covariances:
-        """Means and covariances over all tokens and processes so far.
-
-        Raises:
-            ValueError: there were no tokens, or a sum is not finite.
-        """
-        sums = {name: value.view(getattr(self, name).shape) for name, value in self.compute().items()}
-        count = int(sums.pop("tokens"))
-        if not count:
-            raise ValueError(NO_TOKEN)
-        if not all(value.isfinite().all() for value in sums.values()):
-            raise ValueError("The stream is not finite: check the model's weights and the text.")
-        x, y, xx, xy, yy = (sums[name] / count for name in ("x", "y", "xx", "xy", "yy"))
-        return Covariances(count, x, y, xx - torch.outer(x, x), xy - torch.outer(x, y), yy - y @ y)
 
 
 class RidgePath:
@@ -158,25 +67,28 @@ class RidgePath:
 
 @dataclass(frozen=True)
 class AffineMap:
-    """``y + up down (input - x)``, or with a whole ``weight`` in place of ``up down``.
+    """``y + up down (input - x)``.
 
     Attributes:
         x: mean of the inputs, ``(P,)``.
         y: mean of the targets, ``(Q,)``.
-        weight: ``(Q, P)``; of a rank, ``up @ down``.
-        up: ``(Q, r)``; None for a whole map.
-        down: ``(r, P)``.
+        up: ``(Q, r)``; of a map of any rank, all of it.
+        down: ``(r, P)``; of a map of any rank, the identity.
         strength: the ridge that was chosen.
         error: mean squared error on the held-out tokens, as a share of that of the constant ``y``.
     """
 
     x: Tensor
     y: Tensor
-    weight: Tensor
-    up: Tensor | None
-    down: Tensor | None
+    up: Tensor
+    down: Tensor
     strength: float
     error: float
+
+    @property
+    def weight(self) -> Tensor:
+        """The map as a matrix, ``(Q, P)``."""
+        return self.up @ self.down
 
 
 def best_map(
@@ -195,17 +107,15 @@ def best_map(
     best: AffineMap | None = None
     for strength in strengths:
         weight = path.weight(strength)
-        up = down = None
         if rank is None:
             error = path.error(weight, tune)
+            factors = weight, torch.eye(len(fit.x)).to(weight)
         else:
             directions = path.directions(weight)
             error = path.errors_by_rank(weight, directions, tune)[rank]
-            up = directions[:, :rank]
-            down = up.T @ weight
-            weight = up @ down
+            factors = directions[:, :rank], directions[:, :rank].T @ weight
         share = float(error / constant)
         if best is None or share < best.error:
-            best = AffineMap(fit.x, fit.y, weight, up, down, strength, share)
+            best = AffineMap(fit.x, fit.y, *factors, strength, share)
     assert best is not None, "strengths is not empty"
     return best

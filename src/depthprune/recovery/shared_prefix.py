@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from depthprune.anatomy import Anatomy
 from depthprune.head import Batch, evaluating, logits_of, predicted_mask, weighted_losses
-from depthprune.recovery.carried import Call, before, run_block
+from depthprune.recovery.carried import Call, run_block, stream_before
 from depthprune.recovery.objectives import (
     Objective,
     hidden_matching,
@@ -110,9 +110,9 @@ def _prefix(anatomy: Anatomy, batch: Batch, cache: PrefixCache | None) -> tuple[
     """The stream before the first removed or trained block, and the arguments of it and all later ones."""
     start = suffix_start(anatomy)
     if cache is None:
-        return before(anatomy, batch, start)
+        return stream_before(anatomy, batch, start)
     kept = cache.load(batch)
-    stream, calls = before(anatomy, batch, start if kept is None else 0)
+    stream, calls = stream_before(anatomy, batch, start if kept is None else 0)
     if kept is None:
         cache.save(batch, stream)
         return stream, calls
