@@ -74,11 +74,11 @@ LAYERS = [
     {"influence.registry"},
     {"influence.estimate"},
     {"data.module", "pruning", "recovery.module", "evaluation.curve"},
-    {"recovery.ablations"},
     {"recovery.cli", "callbacks.monitor", "callbacks.recorder"},
     {"callbacks.forgetting"},
     {"callbacks.overfitting", "callbacks.agreement"},
-    {"recovery.rung"},
+    {"recovery.training"},
+    {"recovery.ladder"},
     {"report.results", "report.markdown", "study_file"},
     {"report.findings", "figures", "report.ablation"},
     {"report.sections"},
@@ -129,7 +129,7 @@ def test_rooms_import_only_rooms_below_them(room):
 
 
 def test_imports_are_seen():
-    assert {"commands.influence", "recovery.rung", "study_file"} <= imported(ROOMS["study"])
+    assert {"commands.influence", "recovery.ladder", "study_file"} <= imported(ROOMS["study"])
     assert imported(ROOMS["cli"]) == {"memory", "names", "nulls"}  # everything else only when its command is chosen
     assert "influence.figures" in imported(ROOMS["influence.table"])
 

@@ -1,6 +1,7 @@
-"""Errors for names that do not exist: they list the right ones and the nearest."""
+"""Names: errors for those that do not exist, and their form in file names and tags."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -21,3 +22,8 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> ValueError:
     ]
     hint = f"Did you mean {near[0]!r}? " if near else ""
     return ValueError(f"Unknown {what} {name!r}. {hint}Known: {', '.join(names) or 'none'}.")
+
+
+def slug(name: str) -> str:
+    """A name as part of a path or tag: letters, digits, ``_``, ``.`` and ``-``; may be empty."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-")

@@ -60,6 +60,9 @@ class Replacement(nn.Module):
         """
         self.calibrate(constant)
 
+    def silence(self) -> None:
+        """Start from adding nothing, as beside a site that is still there; :attr:`mean` stays."""
+
 
 class MapReplacement(Replacement):
     """Base of replacements that map the read, centred on its mean.
@@ -163,6 +166,10 @@ class ScaledUpdate(Replacement):
         self.per = per
         self.scale = nn.Parameter(torch.ones(1, dtype=torch.float32))  # of one dimension, so that it can be sharded
 
+    def silence(self) -> None:
+        """Start from adding nothing: the factor is 0."""
+        assign(self.scale, torch.zeros(1))
+
     def forward(self, read: Tensor) -> Tensor:
         """Map read ``(B, T, D)`` to the constant update ``(B, T, D)``."""
         return (self.scale * self.mean).to(read.dtype).expand_as(read)
@@ -183,6 +190,10 @@ class AdditiveBias(Replacement):
         """Start from a mean update, shape ``(D,)``."""
         super().calibrate(mean)
         assign(self.bias, mean)
+
+    def silence(self) -> None:
+        """Start from adding nothing: the constant is 0."""
+        assign(self.bias, torch.zeros_like(self.mean))
 
     def forward(self, read: Tensor) -> Tensor:
         """Map read ``(B, T, D)`` to the constant update ``(B, T, D)``."""
@@ -212,6 +223,10 @@ class Linear(MapReplacement):
         self.read_mean.copy_(read_mean)
         assign(self.map.bias, constant)
         assign(self.map.weight, up @ down)
+
+    def silence(self) -> None:
+        """Start from adding nothing: the constant is 0, as the map is."""
+        assign(self.map.bias, torch.zeros_like(self.mean))
 
     def forward(self, read: Tensor) -> Tensor:
         """Map read ``(B, T, D)`` to update ``(B, T, D)``."""
@@ -267,6 +282,10 @@ class LowRankAdapter(MapReplacement):
         self.constant.copy_(constant)
         assign(self.up.weight, left @ inner_left * root * (1 if self.scaling > 0 else -1))
         assign(self.down.weight, root[:, None] * (inner_right @ right.T))
+
+    def silence(self) -> None:
+        """Start from adding nothing: the constant is 0, as ``B`` is."""
+        self.constant.zero_()
 
     def forward(self, read: Tensor) -> Tensor:
         """Map read ``(B, T, D)`` to update ``(B, T, D)``."""

@@ -36,12 +36,14 @@ from depthprune.moments import mean_updates
 from depthprune.names import unknown_name
 from depthprune.progress import tracked
 from depthprune.recovery.closed_form import calibrate
-from depthprune.recovery.rung import Training, train_rung
+from depthprune.recovery.ladder import Rung, climbed
+from depthprune.recovery.training import Training
 from depthprune.report.render import console_table, write_report
 from depthprune.sites import KINDS, PruningPlan, Site
 from depthprune.study_file import StudyFile
 from depthprune.surgery import install_slots, remove_slots, switched
 
+TRAINED = Rung("low_rank_adapter", {"rank": 16}, fitting=None, training=Training())
 PLURALS = {"block": "blocks", "attention": "attentions", "mlp": "mlps"}
 
 
@@ -79,7 +81,7 @@ def study(
     tune_sequences: int = 8,
     sequence_length: int = 256,
     batch_size: int = 4,
-    training: Training = Training(),  # noqa: B008 -- frozen
+    rung: Rung = TRAINED,
     shares: RoleShares = RoleShares(),  # noqa: B008 -- frozen
     seed: int = 0,
     dtype: str = "auto",
@@ -106,7 +108,7 @@ def study(
         tune_sequences: sequences of each domain for the curves while training.
         sequence_length: tokens of a sequence.
         batch_size: sequences of a batch.
-        training: the trained replacement.
+        rung: what is trained, and how; it starts from the emulated update unless fitting is given.
         shares: shares of the documents for the four roles.
         seed: seed of the order of the training text, the adapters' first weights and dropout.
         dtype: auto (as saved), bfloat16, float16 or float32.
@@ -143,7 +145,9 @@ def study(
         causal_lm, _ = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
         _check_counts(causal_lm, plans)
         if any(plan.train for plan in plans):
-            training.check(causal_lm)
+            if rung.training is None:
+                raise ValueError("rung has no training: say how, such as {steps: 16}, or train no plan.")
+            rung.check(causal_lm.config.hidden_size)
         torch.nn.Module.to(causal_lm, fabric.device)
         data = TextDataModule(
             tokenizer=model,
@@ -156,7 +160,6 @@ def study(
             calibration_sequences=calibration_sequences,
             evaluation_sequences=tune_sequences,
             test_sequences=test_sequences,
-            sequences=training.steps * training.batch_size,
             shares=shares,
             seed=seed,
         )
@@ -172,7 +175,7 @@ def study(
         _evaluate(results, causal_lm, chosen, means, loaders)
         for plan in plans:
             if plan.train:
-                _train(results, causal_lm, plan.name, means, data, loaders, training, folder, seed)
+                _train(results, causal_lm, chosen[plan.name], plan.name, means, data, loaders, rung, folder, seed)
         results.content["finished"] = True
         results.save()
         _finish(results, folder, model)
@@ -253,23 +256,27 @@ def _losses(causal_lm: PreTrainedModel, loaders: Mapping[str, Batches]) -> dict[
 def _train(
     results: StudyFile,
     causal_lm: PreTrainedModel,
+    sites: PruningPlan,
     name: str,
     means: Mapping[Site, Tensor],
     data: TextDataModule,
     loaders: Mapping[str, Batches],
-    training: Training,
+    rung: Rung,
     folder: Path,
     seed: int,
 ) -> None:
-    variant = f"{name}/{training.replacement}"
+    variant = f"{name}/{rung.replacement}"
+    assert rung.training is not None
     if results.get("losses", variant) is not None:
         return
-    print(f"Training {training.replacement} for {name}: {training.steps} steps.", flush=True)
-    with train_rung(causal_lm, name, means, data, training, folder, seed) as rung, results.timed("evaluate"):
+    print(f"Training {rung.replacement} for {name}: {rung.training.steps} steps.", flush=True)
+    plan = rung.plan(sites)
+    with climbed(causal_lm, plan, data, rung, folder, name, seed, means) as about, results.timed("evaluate"):
         losses = _losses(causal_lm, loaders)
     seconds = results.content.setdefault("seconds", {})
-    seconds["train"] = round(seconds.get("train", 0.0) + rung.pop("seconds"), 1)
-    results.content.setdefault("training", {})[name] = rung
+    seconds["train"] = round(seconds.get("train", 0.0) + about.pop("seconds"), 1)
+    trained = {"replacement": rung.replacement, "options": dict(rung.options), **about}
+    results.content.setdefault("training", {})[name] = trained
     results.put("losses", variant, losses)
 
 

@@ -29,8 +29,9 @@ from depthprune.replacements import Replacement, SolvedLayer, build_replacement
 from depthprune.shards import assign
 from depthprune.sites import PruningPlan, Site
 
-POSITIONS = ("original", "none", "emulated_update", "replacement")
-"""What a slot's switch can be set to: the original module, nothing, the replacement's constant alone, all of it."""
+POSITIONS = ("original", "none", "emulated_update", "replacement", "control")
+"""What a slot's switch can be set to: the original module, nothing, the replacement's constant alone, all of it, or the
+original with what a trainable replacement adds to it (where a norm follows, before the norm)."""
 
 CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
 """The names under which blocks and attentions get the cache: transformers 5.24 renamed it."""
@@ -115,12 +116,19 @@ def _slot_class(base: type[nn.Module], kind: str) -> type[nn.Module]:
 
     class SlotModule(Slot, base):  # type: ignore[misc, valid-type]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            if self.slot_position == "original" or (kind == "layer" and self.slot_position != "replacement"):
+            position = self.slot_position
+            if position == "original" or (kind == "layer" and position not in ("replacement", "control")):
                 return base.forward(self, *args, **kwargs)
             read = read_argument.get(args, kwargs)
             if kind == "layer":
                 assert isinstance(self.replacement, SolvedLayer)
                 return self.replacement(read)
+            if position == "control":
+                output = base.forward(self, *args, **kwargs)
+                if self.replacement is None or next(self.replacement.parameters(), None) is None:
+                    return output
+                added = self.replacement(read)
+                return (output[0] + added, *output[1:]) if isinstance(output, tuple) else output + added
             if kind == "follower":
                 return read
             if kind != "mlp":

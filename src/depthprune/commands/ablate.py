@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from depthprune.anatomy import unpruned_fingerprint
+from depthprune.data.batches import Batches
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
@@ -20,15 +23,16 @@ from depthprune.evaluation.domains import document_loss
 from depthprune.figures import write_figures
 from depthprune.files import make_folder, only_writer, read_json, write_json, write_text
 from depthprune.loading import load
-from depthprune.names import unknown_name
+from depthprune.names import slug, unknown_name
 from depthprune.progress import tracked
-from depthprune.recovery.ablations import Rung, climbed
+from depthprune.recovery.ladder import Rung, climbed
 from depthprune.report.ablation import BARE, UNPRUNED, ablation_figure, console_table, report
 from depthprune.sites import PruningPlan
 from depthprune.study_file import check_config
 from depthprune.surgery import check_plan, install_slots, remove_slots, switched
 
-VERSION = 1
+VERSION = 2
+RESULTS = "ablation.json"
 
 
 def ablate(
@@ -40,7 +44,9 @@ def ablate(
     output: str,
     baseline: str = BARE,
     samples: int = 3,
+    controls: bool = False,
     calibration_sequences: int = 100,
+    tune_sequences: int = 8,
     test_sequences: int = 64,
     sequence_length: int = 256,
     batch_size: int = 4,
@@ -60,16 +66,19 @@ def ablate(
         plan: plan.json of `depthprune prune`: which sites go.
         text: the text to fit to; its held-out part is the first domain.
         domains: other texts, never fitted to, by name.
-        rungs: the rungs by name; an option with a list of values is swept.
+        rungs: the rungs by name. Settings under `sweep` have a rung for each value; of those under `tune` the one with
+            the lowest loss on the first sample's tune text is taken.
         output: folder for the results.
         baseline: the rung that the others are compared with.
         samples: disjoint samples of the texts.
+        controls: train every trained rung on the unpruned model too; only what goes beyond that is recovery.
         calibration_sequences: sequences of a sample to fit to.
+        tune_sequences: sequences of a sample of each domain to score on the way of a training.
         test_sequences: sequences of a sample of each domain to measure on.
         sequence_length: tokens of a sequence.
         batch_size: sequences of a batch.
         shares: shares of the documents for the four roles.
-        seed: seed of random first weights.
+        seed: seed of the order of the training text, random first weights and dropout.
         dtype: auto (as saved), bfloat16, float16 or float32.
         revision: branch, tag or commit on the hub.
         accelerator: as in Lightning: auto, cpu, gpu.
@@ -87,14 +96,16 @@ def ablate(
     sites = PruningPlan.load(plan)
     folder = make_folder(output)
     with only_writer(folder, "ablate"):
-        path = folder / "ablation.json"
-        content = _opened(path, config)
+        content = _opened(folder / RESULTS, config)
         fabric = start_fabric(accelerator)
         causal_lm, _ = load(model, dtype=dtype, revision=revision)
-        for rung in chosen.values():
-            check_plan(causal_lm, rung.plan(sites))
+        for label, rung in chosen.items():
+            for candidate in rung.candidates(label).values():
+                candidate.check(causal_lm.config.hidden_size)
+                check_plan(causal_lm, candidate.plan(sites))
         torch.nn.Module.to(causal_lm, fabric.device)
         content["weights"] = unpruned_fingerprint(causal_lm).weights
+        run = _Run(causal_lm, sites, folder, content)
         todo = [
             (sample, label)
             for sample in range(samples)
@@ -106,14 +117,73 @@ def ablate(
         for sample, label in tracked(todo, "Rungs"):
             if sample not in data:
                 data = {sample: _sample(config, text, domains, sample)}
-            torch.manual_seed(seed)
-            measured = _measure(causal_lm, sites, label, chosen.get(label), data[sample])
+            measured = run.measure(label, chosen.get(label), sample, data[sample])
             content["losses"].setdefault(str(sample), {})[label] = measured
-            write_json(path, content)
+            run.save()
+        shutil.rmtree(folder / "training", ignore_errors=True)  # everything is measured
         write_text(folder / "ablation.md", report(content))
         write_figures(folder, {"share recovered": ("ablation.png", ablation_figure(content))})
         Console().print(console_table(content))
-        print(f"Wrote ablation.json, ablation.md, ablation.png and a TensorBoard figure to {folder}.")
+        print(f"Wrote ablation.json, ablation.md, ablation.png and TensorBoard event files to {folder}.")
+
+
+@dataclass
+class _Run:
+    """An ablation under way."""
+
+    causal_lm: PreTrainedModel
+    sites: PruningPlan
+    folder: Path
+    content: dict[str, Any]
+
+    def save(self) -> None:
+        """Write down the results so far."""
+        write_json(self.folder / RESULTS, self.content)
+
+    def measure(self, label: str, rung: Rung | None, sample: int, data: TextDataModule) -> dict[str, Any]:
+        """What is put down about one rung on one sample; first the settings that the tune text chooses are chosen."""
+        loaders = data.test_dataloader()
+        if rung is None:
+            install_slots(self.causal_lm, self.sites.with_replacement("none"))
+            try:
+                with switched(self.causal_lm, "original" if label == UNPRUNED else "none"):
+                    return {"seconds": 0.0, "parameters": 0, "losses": self._losses(loaders)}
+            finally:
+                remove_slots(self.causal_lm)
+        candidates = rung.candidates(label)
+        name = next(iter(candidates)) if len(candidates) == 1 else self._tuned(label, candidates, sample, data)
+        rung, run = candidates[name], _run_name(label, sample, name)
+        about = self._climb(rung, data, run, loaders)  # where it was tuned on this sample, it is trained already
+        if self.content["config"]["controls"] and rung.training:
+            about["control"] = self._climb(rung, data, f"{run}-control", loaders, control=True)["losses"]
+        return {"settings": name, **about}
+
+    def _tuned(self, label: str, candidates: Mapping[str, Rung], sample: int, data: TextDataModule) -> str:
+        """The candidate with the lowest in-domain loss on the tune text, on the first sample."""
+        found = self.content["tuned"].setdefault(label, {})
+        domain = next(iter(data.domains))
+        for name, candidate in candidates.items():
+            if name not in found:
+                about = self._climb(candidate, data, _run_name(label, sample, name), {})
+                found[name] = about["curve"][-1][domain]
+                self.save()
+        return min(candidates, key=lambda name: found[name])
+
+    def _climb(
+        self, rung: Rung, data: TextDataModule, name: str, loaders: Mapping[str, Batches], control: bool = False
+    ) -> dict[str, Any]:
+        plan, seed = rung.plan(self.sites), self.content["config"]["seed"]
+        with climbed(self.causal_lm, plan, data, rung, self.folder, name, seed, control=control) as about:
+            return {**about, "seconds": round(about["seconds"], 1), "losses": self._losses(loaders)}
+
+    def _losses(self, loaders: Mapping[str, Batches]) -> dict[str, Any]:
+        parts = loaders.items()
+        return {name: document_loss(self.causal_lm, part, part.document_count).to_dict() for name, part in parts}
+
+
+def _run_name(label: str, sample: int, candidate: str) -> str:
+    """Where the checkpoints and event files of a training go."""
+    return "/".join(filter(None, (slug(label), str(sample), slug(candidate))))
 
 
 def _opened(path: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +193,7 @@ def _opened(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         ValueError: the file holds those of another configuration.
     """
     if not path.exists():
-        return {"depthprune_ablation": VERSION, "config": config, "losses": {}}
+        return {"depthprune_ablation": VERSION, "config": config, "tuned": {}, "losses": {}}
     content = read_json(path, "an ablation's results")
     if not isinstance(content, dict) or content.get("depthprune_ablation") != VERSION:
         raise ValueError(f"{path} is no ablation of this version: remove it, or name another output.")
@@ -146,29 +216,8 @@ def _sample(config: dict[str, Any], text: TextSource, domains: dict[str, TextSou
         sequence_length=config["sequence_length"],
         batch_size=config["batch_size"],
         calibration_sequences=config["calibration_sequences"],
+        evaluation_sequences=config["tune_sequences"],
         test_sequences=config["test_sequences"],
         shares=RoleShares(**config["shares"]),
         seed=config["seed"],
     )
-
-
-def _measure(
-    causal_lm: PreTrainedModel, sites: PruningPlan, label: str, rung: Rung | None, data: TextDataModule
-) -> dict[str, Any]:
-    """What is put down about one rung on one sample."""
-    start = time.monotonic()
-    loaders = data.test_dataloader()
-
-    def losses() -> dict[str, Any]:
-        return {name: document_loss(causal_lm, part, part.document_count).to_dict() for name, part in loaders.items()}
-
-    if rung is None:
-        install_slots(causal_lm, sites.with_replacement("none"))
-        try:
-            with switched(causal_lm, "original" if label == UNPRUNED else "none"):
-                return {"seconds": 0.0, "parameters": 0, "losses": losses()}
-        finally:
-            remove_slots(causal_lm)
-    with climbed(causal_lm, rung.plan(sites), data, rung.fitting) as parameters:
-        seconds = time.monotonic() - start
-        return {"seconds": round(seconds, 1), "parameters": parameters, "losses": losses()}

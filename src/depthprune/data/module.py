@@ -34,6 +34,7 @@ class TextDataModule(LightningDataModule):
         sequence_length: tokens in a sequence, BOS included.
         batch_size: sequences in a batch of one process.
         sequences: training sequences in an epoch, over all processes.
+        documents: train on only so many documents, the first of the *fit* role, again and again; on all if not given.
         score_sequences: for influence.
         calibration_sequences: for mean updates.
         evaluation_sequences: at most so many in each validation set.
@@ -58,6 +59,7 @@ class TextDataModule(LightningDataModule):
         sequence_length: int = 256,
         batch_size: int = 4,
         sequences: int = 1000,
+        documents: int | None = None,
         score_sequences: int = 32,
         calibration_sequences: int = 32,
         evaluation_sequences: int = 32,
@@ -74,6 +76,7 @@ class TextDataModule(LightningDataModule):
             "sequence_length": (sequence_length, 2),
             "batch_size": (batch_size, 1),
             "sequences": (sequences, 1),
+            "documents": (1 if documents is None else documents, 1),
             "score_sequences": (score_sequences, 1),
             "calibration_sequences": (calibration_sequences, 1),
             "evaluation_sequences": (evaluation_sequences, 1),
@@ -90,6 +93,7 @@ class TextDataModule(LightningDataModule):
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self.sequences = sequences
+        self.documents = documents
         self.score_sequences = score_sequences
         self.calibration_sequences = calibration_sequences
         self.evaluation_sequences = evaluation_sequences
@@ -134,6 +138,7 @@ class TextDataModule(LightningDataModule):
             seed=self.seed,
             shuffle_buffer=self.shuffle_buffer,
             restart_positions=self.restart_positions,
+            documents=self.documents,
         )
         return stream_loader(stream, self.num_workers)
 
@@ -161,6 +166,8 @@ class TextDataModule(LightningDataModule):
     def training_documents(self, numbers: Sequence[int]) -> list[str]:
         """Where the documents of a training batch stand: a file and a row for each number in ``documents``."""
         self.setup()
+        if self.documents is not None:
+            numbers = [number % self.documents for number in numbers]
         origins = document_origins(self._texts[self.text.title], "fit", self.shares, numbers)
         return [str(origin) for origin in origins]
 

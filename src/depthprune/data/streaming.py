@@ -35,17 +35,21 @@ class ShuffledDocuments:
         shares: of the roles.
         seed: of the order.
         buffer: how many documents wait; 0 keeps the order of the text.
+        limit: read only so many documents in each pass; all if None.
 
     Attributes:
         passes: how many times the text was used up.
     """
 
-    def __init__(self, text: Text, role: str, shares: RoleShares, seed: int, buffer: int) -> None:
+    def __init__(
+        self, text: Text, role: str, shares: RoleShares, seed: int, buffer: int, limit: int | None = None
+    ) -> None:
         self.passes = 0
         self._text, self._role, self._shares = text, role, shares
-        self._seed, self._size = seed, buffer
+        self._seed, self._size, self._limit = seed, buffer, limit
         self._waiting: list[tuple[int, str]] = []  # number and text
         self._read = 0  # documents of this role read so far, over all passes
+        self._before = 0  # of these, in earlier passes
         self._drawn = 0
         self._go_to(0, 0)
 
@@ -56,7 +60,8 @@ class ShuffledDocuments:
             ValueError: the text has no document for this role (and whatever reading raises).
         """
         while len(self._waiting) <= self._size:
-            document = next(self._reader, None)
+            is_over = self._limit is not None and self._read - self._before >= self._limit
+            document = None if is_over else next(self._reader, None)
             if document is not None:
                 self._position = document.origin.file_index, document.origin.row + 1
                 self._waiting.append((self._read, document.text))
@@ -70,6 +75,7 @@ class ShuffledDocuments:
                 )
             else:
                 self.passes += 1
+                self._before = self._read
                 self._go_to(0, 0)
         # The draw is a hash of its number instead of a generator's next value: nothing to be saved but the number.
         draw = blake2b(f"{self._seed}:{self._drawn}".encode(), digest_size=8).digest()
@@ -85,6 +91,7 @@ class ShuffledDocuments:
             "file": self._position[0],
             "row": self._position[1],
             "read": self._read,
+            "before": self._before,
             "drawn": self._drawn,
             # by slot, because torchdata sends only changed entries from a worker to the main process
             "waiting": dict(enumerate(self._waiting)),
@@ -93,6 +100,7 @@ class ShuffledDocuments:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
         self.passes, self._read, self._drawn = state["passes"], state["read"], state["drawn"]
+        self._before = state["before"]
         self._waiting = [tuple(state["waiting"][slot]) for slot in sorted(state["waiting"])]
         self._go_to(state["file"], state["row"])
 
@@ -128,6 +136,7 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         seed: of the order.
         shuffle_buffer: how many documents wait to be drawn.
         restart_positions: serve ``position_ids`` that start again with each document.
+        documents: of the role's, only the first so many.
     """
 
     def __init__(
@@ -143,13 +152,14 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
         seed: int = 0,
         shuffle_buffer: int = 1000,
         restart_positions: bool = False,
+        documents: int | None = None,
     ) -> None:
         shares = shares or RoleShares()
         self.sequences = sequences
         self.batch_size = batch_size
         self._what = f"The text {text.source.path} (role {role})"
         self._length = sequence_length
-        self._documents = ShuffledDocuments(text, role, shares, seed, shuffle_buffer)
+        self._documents = ShuffledDocuments(text, role, shares, seed, shuffle_buffer, documents)
         self._packer = Packer(spec, sequence_length, restart_positions)
         self._restart_positions = restart_positions
         self._drawn = 0  # sequences, since the first epoch began
@@ -165,6 +175,7 @@ class PackedStream(IterableDataset[dict[str, Tensor]]):
             "seed": seed,
             "shuffle_buffer": shuffle_buffer,
             "restart_positions": restart_positions,
+            "documents": documents,
         }
 
     @property

@@ -4,7 +4,6 @@
 ours, so that reading can go on exactly where it stopped.
 """
 
-import re
 import unicodedata
 import warnings
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from datasets import IterableDataset
 from torch.utils.data import get_worker_info
 
 from depthprune.data.roles import ROLES, RoleShares, digest, role_of, sample_of
-from depthprune.names import unknown_name
+from depthprune.names import slug, unknown_name
 
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 """The ``datasets`` reader for each ending of a file."""
@@ -72,7 +71,7 @@ class TextSource:
         """A short name for tables and metrics, such as ``xsum`` or ``openwebtext``."""
         path = PurePosixPath(Path(self.path).as_posix())
         title = path.name if file_format(path) is None else path.name.split(".")[0]
-        title = re.sub(r"[^\w.-]+", "-", title).strip("-") or "text"
+        title = slug(title) or "text"
         return f"{path.parent.name or 'text'}-train" if title == "train" else title
 
 

@@ -35,6 +35,7 @@ from depthprune.recovery.resume import (
 from depthprune.recovery.scoring import DomainScoring
 from depthprune.recovery.shared_prefix import objective_losses, suffix_start
 from depthprune.recovery.stopping import StopRequest
+from depthprune.replacements import Replacement
 from depthprune.sites import PruningPlan
 from depthprune.surgery import (
     check_plan,
@@ -42,6 +43,8 @@ from depthprune.surgery import (
     open_slots,
     replacement_parameters,
     replacement_state,
+    site_slots,
+    switch,
 )
 
 EXPECTED_WARNINGS = (
@@ -72,6 +75,8 @@ class RecoveryModule(DomainScoring):
         revision: the base model's revision on the hub.
         attn_implementation: the base model's attention.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+        control: train the same parameters on the unpruned model instead, from adding nothing: what that gains on a
+            text is what training on it does to any model, and no recovery.
         optimizer: makes the optimizer from the parameters.
         scheduler: makes the learning-rate schedule, stepped after every optimizer step; constant if not given.
     """
@@ -91,6 +96,7 @@ class RecoveryModule(DomainScoring):
         revision: str | None = None,
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
+        control: bool = False,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0),
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -100,6 +106,7 @@ class RecoveryModule(DomainScoring):
             raise ValueError("Options belong to a replacement: set model.replacement too.")
         self.save_hyperparameters(ignore=["optimizer", "scheduler", "fitting", "distillation", "matching"])
         self.fitting = fitting
+        self.trained_position = "control" if control else "replacement"
         self.plan = PruningPlan.load(plan)
         if replacement is not None:
             self.plan = self.plan.with_replacement(replacement, **(options or {}))
@@ -162,6 +169,7 @@ class RecoveryModule(DomainScoring):
             self.plan = replace(self.plan, fingerprint=fingerprint)
         self.model.requires_grad_(False)
         install_slots(self.model, self.plan)
+        switch(self.model, self.trained_position)
         if self.hparams["gradient_checkpointing"]:
             self.model.activation_checkpointing_enable()
             for block in Anatomy.of(self.model).blocks:
@@ -176,7 +184,11 @@ class RecoveryModule(DomainScoring):
         datamodule = self.text_data()
         self.print(f"Calibrating the replacements of {len(self.plan.sites)} sites.")
         texts = datamodule.calibration_dataloader(), datamodule.tune_dataloader()
-        calibrate_on(self.causal_lm, self.plan, *texts, self.fitting)
+        calibrate_on(self.causal_lm, self.plan, *texts, None if self.hparams["control"] else self.fitting)
+        if self.hparams["control"]:
+            for slot in site_slots(self.causal_lm, self.plan).values():
+                if isinstance(slot.replacement, Replacement):
+                    slot.replacement.silence()
         self.is_calibrated = True
 
     def on_fit_start(self) -> None:

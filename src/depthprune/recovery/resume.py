@@ -17,7 +17,9 @@ ANEW = "drop the flag, or start anew with --ckpt_path null or in another folder"
 
 def run_settings(module: Any) -> dict[str, Any]:
     """The arguments of a RecoveryModule that a checkpoint's replacements belong to, whatever is done with them."""
-    named = {name: module.hparams[name] for name in ("base", "revision", "replacement", "options", "objective")}
+    named = {
+        name: module.hparams[name] for name in ("base", "revision", "replacement", "options", "objective", "control")
+    }
     return {**named, **module.objective.settings()}
 
 

@@ -11,38 +11,38 @@ from depthprune.data.module import TextDataModule
 from depthprune.data.text import TextSource
 from depthprune.loading import load
 from depthprune.moments import mean_updates
+from depthprune.recovery.ladder import Rung, climbed
 from depthprune.recovery.module import RecoveryModule
-from depthprune.recovery.rung import Training, train_rung
+from depthprune.recovery.training import Training
 from depthprune.sites import PruningPlan
 from depthprune.surgery import open_slots, replacement_state
 from tests.command_line import LENGTH, Workshop, scalars
-from tests.tiny_models import WIDTH, tiny_model
+from tests.tiny_models import WIDTH
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-TRAINING = Training(options={"rank": 4, "dropout": 0.1}, steps=8, batch_size=3, learning_rate=0.02)
+TRAINING = Training(steps=8, batch_size=3, learning_rate=0.02)
+RUNG = Rung("low_rank_adapter", {"rank": 4, "dropout": 0.1}, fitting=None, training=TRAINING)
 
 
-def rung(
-    workshop: Workshop, folder: Path, training: Training = TRAINING
+def trained(
+    workshop: Workshop, folder: Path, rung: Rung = RUNG, control: bool = False
 ) -> tuple[dict[str, Any], Mapping[str, torch.Tensor]]:
     """Train the workshop's plan; what was put down about it, and the trained weights."""
     model, _ = load(workshop.model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    plan = PruningPlan.load(workshop.plan)
-    plan.save(folder / "plans" / "one.json")
+    plan = rung.plan(PruningPlan.load(workshop.plan))
     data = TextDataModule(
         str(workshop.model),
         TextSource(str(workshop.text)),
         {"other": TextSource(str(workshop.other))},
         sequence_length=LENGTH,
         batch_size=2,
-        sequences=training.steps * training.batch_size,
         calibration_sequences=4,
         evaluation_sequences=3,
     )
     means = mean_updates(model, data.calibration_dataloader(), plan.sites)
     try:
-        with train_rung(model, "one", means, data, training, folder, seed=0) as about:
+        with climbed(model, plan, data, rung, folder, "one", means=means, control=control) as about:
             weights = {name: value.clone() for name, value in replacement_state(model).items()}
     finally:
         assert not open_slots(model)
@@ -63,7 +63,7 @@ def test_trains_and_leaves_the_model_as_it_was(
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(RecoveryModule, "training_step", counted)
-    about, weights = rung(workshop, tmp_path)
+    about, weights = trained(workshop, tmp_path)
     assert batches == [(3, LENGTH)] * 8  # the batch size of the training, not of the evaluation
     assert about["tokens"] == 8 * 3 * LENGTH
     assert about["trainable_parameters"] == 3 * 2 * 4 * WIDTH
@@ -75,7 +75,7 @@ def test_trains_and_leaves_the_model_as_it_was(
     found = scalars(tmp_path / "tensorboard" / "one")
     assert list(found["4_training/learning_rate"].values()) == pytest.approx([0.02] * 8)
     assert any(bool(value.any()) for name, value in weights.items() if "up" in name)
-    again, same = rung(workshop, tmp_path)  # finished: nothing is trained anew
+    again, same = trained(workshop, tmp_path)  # finished: nothing is trained anew
     assert len(batches) == 8
     assert again == about
     assert all(torch.equal(value, same[name]) for name, value in weights.items())
@@ -85,7 +85,7 @@ def test_trains_and_leaves_the_model_as_it_was(
 def test_a_killed_rung_goes_on_from_its_last_checkpoint(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
 ) -> None:
-    expected, weights = rung(workshop, tmp_path / "whole")
+    expected, weights = trained(workshop, tmp_path / "whole")
     steps: list[int] = []
     step = RecoveryModule.training_step
 
@@ -98,8 +98,8 @@ def test_a_killed_rung_goes_on_from_its_last_checkpoint(
 
     monkeypatch.setattr(RecoveryModule, "training_step", killed)
     with pytest.raises(SystemExit):
-        rung(workshop, tmp_path / "killed")
-    about, resumed = rung(workshop, tmp_path / "killed")
+        trained(workshop, tmp_path / "killed")
+    about, resumed = trained(workshop, tmp_path / "killed")
     assert about == expected
     assert all(torch.equal(value, resumed[name]) for name, value in weights.items())
     since = killed_at - killed_at % 2  # the last validation
@@ -108,15 +108,31 @@ def test_a_killed_rung_goes_on_from_its_last_checkpoint(
 
 def test_bad_settings() -> None:
     for steps in (0, 3, 6):
-        with pytest.raises(ValueError, match=f"training.steps is {steps}: choose a multiple of 4"):
+        with pytest.raises(ValueError, match=f"training.steps is {steps} with 4 validations: choose a multiple"):
             Training(steps=steps)
     with pytest.raises(ValueError, match=r"must be above 0"):
         Training(learning_rate=0.0)
-    model = tiny_model()
-    Training(options={"rank": 4}).check(model)
-    with pytest.raises(ValueError, match="emulated_update has nothing to train: use low_rank_adapter"):
-        Training(replacement="emulated_update", options={}).check(model)
-    with pytest.raises(ValueError, match="nothing to train"):
-        Training(replacement="none", options={}).check(model)
-    with pytest.raises(ValueError, match="The adapter's rank is 99"):
-        Training(options={"rank": 99}).check(model)
+    with pytest.raises(ValueError, match="documents is 0: set it to 1 or more"):
+        Training(documents=0)
+    with pytest.raises(ValueError, match=r"schedule of the learning rate 'cosin'\. Did you mean 'cosine'"):
+        Training(schedule="cosin")
+    with pytest.raises(ValueError, match="objective 'logit_distilation'"):
+        Training(objective="logit_distilation")
+
+
+def test_the_learning_rate_warms_up_and_comes_down() -> None:
+    rates: dict[str, list[float]] = {}
+    for schedule in ("constant", "cosine"):
+        training = Training(steps=40, learning_rate=0.5, schedule=schedule)
+        optimizer = training.optimizer([torch.nn.Parameter(torch.zeros(1))])
+        scheduler = training.scheduler(optimizer)
+        rates[schedule] = []
+        for _ in range(40):
+            rates[schedule].append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+    assert rates["constant"] == pytest.approx([0.125, 0.25, 0.375] + [0.5] * 37)
+    assert rates["cosine"][:3] == pytest.approx([0.125, 0.25, 0.375])
+    assert rates["cosine"][3] == pytest.approx(0.5, rel=0.01)
+    assert all(now > later > 0 for now, later in zip(rates["cosine"][3:], rates["cosine"][4:], strict=False))
+    assert rates["cosine"][-1] < 0.005

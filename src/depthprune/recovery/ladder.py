@@ -1,0 +1,176 @@
+"""Rungs of the recovery ladder: ways to find what stands in the removed sites, in closed form or trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from depthprune.data.module import TextDataModule
+from depthprune.names import unknown_name
+from depthprune.recovery.closed_form import calibrate, calibrate_on
+from depthprune.recovery.fitting import Fitting
+from depthprune.recovery.training import Training, module_of, train
+from depthprune.replacements import REPLACEMENTS, build_replacement
+from depthprune.sites import PruningPlan, Site
+from depthprune.surgery import install_slots, remove_slots, replacement_parameters
+
+SETTINGS = ("share_runs",)  # of a rung itself that can be swept
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to find what stands in the removed sites.
+
+    Attributes:
+        replacement: what stands there.
+        options: its options.
+        share_runs: whether a run of adjacent removed blocks has one replacement.
+        fitting: how maps are fitted; None lets them start from the mean update.
+        training: how it is trained after that; not at all if None.
+        sweep: values of options or of the training's settings, by name: there is a rung for each combination.
+        tune: the same, but of these the ones with the lowest loss on the first sample's tune text are taken.
+    """
+
+    replacement: str = "none"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    share_runs: bool = False
+    fitting: Fitting | None = field(default_factory=Fitting)
+    training: Training | None = None
+    sweep: Mapping[str, list[Any]] = field(default_factory=dict)
+    tune: Mapping[str, list[Any]] = field(default_factory=dict)
+
+    def plan(self, sites: PruningPlan) -> PruningPlan:
+        """The plan that removes the same sites with this replacement."""
+        plan = sites.with_replacement(self.replacement, **self.options)
+        return plan.with_shared_runs() if self.share_runs else plan
+
+    def check(self, hidden_size: int) -> None:
+        """Refuse what cannot be trained.
+
+        Raises:
+            ValueError: no such replacement or option, or training of what has no parameters.
+        """
+        with torch.device("meta"):
+            made = build_replacement(self.replacement, hidden_size, self.options)
+        if self.training and self.replacement != "refit" and (made is None or not list(made.parameters())):
+            raise ValueError(f"The replacement {self.replacement} has nothing to train: use low_rank_adapter.")
+        if self.tune and not self.training:
+            raise ValueError("tune chooses settings of a training: give the rung a training too, or sweep them.")
+
+    def swept(self, name: str) -> dict[str, Rung]:
+        """A rung for each combination of the values that are swept, by a name that says which."""
+        return {
+            " ".join([name, *words]): dataclasses.replace(rung, sweep={})
+            for words, rung in self._combined(name, self.sweep)
+        }
+
+    def candidates(self, name: str) -> dict[str, Rung]:
+        """A rung for each combination of the values among which the tune text chooses."""
+        return {", ".join(words): dataclasses.replace(rung, tune={}) for words, rung in self._combined(name, self.tune)}
+
+    def _combined(self, name: str, values: Mapping[str, list[Any]]) -> Iterator[tuple[list[str], Rung]]:
+        for setting, listed in values.items():
+            if not isinstance(listed, list) or not listed:
+                raise ValueError(f"The rung {name} has no list of values for {setting}: give it values, or drop it.")
+        for chosen in product(*values.values()):
+            pairs = dict(zip(values, chosen, strict=True))
+            yield [f"{setting} {value}" for setting, value in pairs.items()], self._with(name, pairs)
+
+    def _with(self, name: str, pairs: Mapping[str, Any]) -> Rung:
+        """This rung with other values of some settings."""
+        of_training = [each.name for each in dataclasses.fields(Training)]
+        options, settings, training = dict(self.options), dict[str, Any](), dict[str, Any]()
+        for setting, value in pairs.items():
+            if setting in option_names(self.replacement):
+                options[setting] = value
+            elif setting in SETTINGS:
+                settings[setting] = value
+            elif setting in of_training and self.training:
+                training[setting] = value
+            else:
+                known = [*option_names(self.replacement), *SETTINGS, *(of_training if self.training else ())]
+                raise unknown_name(f"setting of the rung {name}", setting, known)
+        changed = self.training and dataclasses.replace(self.training, **training)
+        return dataclasses.replace(self, options=options, training=changed, **settings)
+
+
+def option_names(replacement: str) -> Sequence[str]:
+    """The options that a replacement has.
+
+    Raises:
+        ValueError: there is no replacement of that name.
+    """
+    if replacement == "none":
+        return ()
+    if replacement not in REPLACEMENTS:
+        raise unknown_name("replacement", replacement, ["none", *REPLACEMENTS])
+    return [name for name in inspect.signature(REPLACEMENTS[replacement]).parameters if name != "hidden_size"]
+
+
+@contextmanager
+def climbed(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    data: TextDataModule,
+    rung: Rung,
+    folder: Path,
+    name: str,
+    seed: int = 0,
+    means: Mapping[Site, Tensor] | None = None,
+    control: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """A model with a rung's replacements in place, for the length of a block; afterwards it is unpruned again.
+
+    A killed training goes on from its last checkpoint.
+
+    Args:
+        model: the unpruned model.
+        plan: what stands where.
+        data: its calibration text is fitted to, its tune text chooses the ridge; its training text is trained on.
+        rung: how.
+        folder: checkpoints go to ``training/NAME``, event files to ``tensorboard/NAME``.
+        name: of this run.
+        seed: of first weights and dropout.
+        means: the mean updates of the plan's sites, if they are known already: without fitting they are the start.
+        control: train the same parameters on the unpruned model, as long.
+
+    Yields:
+        ``seconds`` it took, ``parameters`` that stand in the removed sites (those of refit layers are the model's own),
+        and, of a training, what :func:`~depthprune.recovery.training.train` says.
+    """
+    start = time.monotonic()
+    seed_everything(seed, verbose=False)
+    try:
+        about: dict[str, Any] = {}
+        if rung.training is None:
+            install_slots(model, plan)
+            calibrate_on(model, plan, data.calibration_dataloader(), data.tune_dataloader(), rung.fitting)
+        else:
+            plan_path = folder / "plans" / f"{name}.json"
+            plan_path.parent.mkdir(parents=True, exist_ok=True)
+            plan.save(plan_path)
+            module = module_of(model, str(plan_path), rung.training, {"fitting": rung.fitting}, control)
+            if means is not None and rung.fitting is None:
+                module.configure_model()
+                calibrate(model, plan, means)
+                module.is_calibrated = True
+            logger = TensorBoardLogger(folder, name="tensorboard", version=name, default_hp_metric=False)
+            about = train(module, data, rung.training, folder / "training" / name, logger)
+        is_refit = any(removal.replacement == "refit" for removal in plan.removals)
+        parameters = 0 if is_refit else sum(parameter.numel() for parameter in replacement_parameters(model))
+        yield {**about, "parameters": parameters, "seconds": time.monotonic() - start}
+    finally:
+        remove_slots(model)
