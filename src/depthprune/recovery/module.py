@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from depthprune.anatomy import Anatomy, unpruned_fingerprint
@@ -26,14 +26,12 @@ from depthprune.recovery.objectives import Distillation, Matching, Objective
 from depthprune.recovery.prefix_cache import PrefixCache
 from depthprune.recovery.resume import (
     check_accumulation,
-    check_checkpoint,
-    fit_settings,
-    number_optimizer_states,
-    run_settings,
     stopped_early,
 )
-from depthprune.recovery.scoring import DomainScoring
+from depthprune.recovery.saving import ReplacementCheckpoints
 from depthprune.recovery.shared_prefix import objective_losses, suffix_start
+from depthprune.recovery.stages import enter, leave, stage_at, stages_of
+from depthprune.recovery.start_weights import pull, trained_weights
 from depthprune.recovery.stopping import StopRequest
 from depthprune.replacements import Replacement
 from depthprune.sites import PruningPlan
@@ -42,7 +40,6 @@ from depthprune.surgery import (
     install_slots,
     open_slots,
     replacement_parameters,
-    replacement_state,
     site_slots,
     switch,
 )
@@ -55,7 +52,7 @@ EXPECTED_WARNINGS = (
 )
 
 
-class RecoveryModule(DomainScoring):
+class RecoveryModule(ReplacementCheckpoints):
     """Trains the replacements of one pruning plan.
 
     Args:
@@ -77,6 +74,9 @@ class RecoveryModule(DomainScoring):
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         control: train the same parameters on the unpruned model instead, from adding nothing: what that gains on a
             text is what training on it does to any model, and no recovery.
+        strategy: which replacements are trained when: a name from ``depthprune.recovery.stages.STRATEGIES``.
+        decay_to_start: after each step, weights go so much times the learning rate of the way back to where they
+            started.
         optimizer: makes the optimizer from the parameters.
         scheduler: makes the learning-rate schedule, stepped after every optimizer step; constant if not given.
     """
@@ -97,6 +97,8 @@ class RecoveryModule(DomainScoring):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         control: bool = False,
+        strategy: str = "joint",
+        decay_to_start: float = 0.0,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0),
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -107,17 +109,17 @@ class RecoveryModule(DomainScoring):
         self.save_hyperparameters(ignore=["optimizer", "scheduler", "fitting", "distillation", "matching"])
         self.fitting = fitting
         self.trained_position = "control" if control else "replacement"
+        if not 0 <= decay_to_start < math.inf:
+            raise ValueError(f"decay_to_start is {decay_to_start}: set it to 0 or more.")
         self.plan = PruningPlan.load(plan)
         if replacement is not None:
             self.plan = self.plan.with_replacement(replacement, **(options or {}))
+        self.stages = stages_of(self.plan, strategy)
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.strict_loading = False  # checkpoints lack the base on purpose; load_state_dict checks the rest itself
-        self.is_calibrated = False
-        self._dropout_seed: int | None = None
         self._diverged: tuple[float, list[int]] | None = None  # a loss that is not finite, and its documents
         self.start_step: int | None = None  # where training began or went on
-        self.base_weights = ""  # a hash, once the model is there
         self._stop = StopRequest()
         self._prefix_cache: PrefixCache | None = None
 
@@ -203,7 +205,8 @@ class RecoveryModule(DomainScoring):
             self._prefix_cache = PrefixCache(self.hparams["prefix_cache"], anatomy, suffix_start(anatomy))
 
     def on_fit_end(self) -> None:
-        """Say what the cache of prefixes takes."""
+        """Leave all replacements in place, and say what the cache of prefixes takes."""
+        leave(self.causal_lm, self.trained_position)
         if self._prefix_cache is not None:
             size = self._prefix_cache.size() / 1e6
             self.print(f"The prefix cache {self._prefix_cache.folder} takes {size:.1f} MB and can be removed.")
@@ -217,6 +220,10 @@ class RecoveryModule(DomainScoring):
         check_accumulation(self.trainer)
         self._stop.listen(self.trainer)
         self.start_step = self.global_step
+        if len(self.stages) > 1 and self.trainer.world_size > 1:
+            raise ValueError("Strategies other than joint train in one process: set trainer.devices to 1.")
+        if not self.start_step:
+            self.start_weights = trained_weights(self.causal_lm)
         if self.start_step:
             self.print(f"Going on after step {self.start_step}, from {self.trainer.ckpt_path}.")
             if stopped_early(self.trainer):
@@ -227,9 +234,17 @@ class RecoveryModule(DomainScoring):
         """Stop here if the run was asked to."""
         self._stop.after_batch(self.trainer)
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Take a step, then go back towards the start."""
+        rate = optimizer.param_groups[0]["lr"]
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.hparams["decay_to_start"]:
+            pull(self.causal_lm, self.start_weights, rate * self.hparams["decay_to_start"])
+
     def on_validation_start(self) -> None:
-        """Calibrate if the run only validates."""
+        """All replacements are validated together, whichever are trained; calibrate if the run only validates."""
         self.calibrate()
+        leave(self.causal_lm, self.trained_position)
 
     def on_test_start(self) -> None:
         """Calibrate if the run only tests."""
@@ -240,6 +255,9 @@ class RecoveryModule(DomainScoring):
         assert self._dropout_seed is not None
         place = self._dropout_seed, self.trainer.fit_loop.total_batch_idx, self.global_rank
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
+        if len(self.stages) > 1:
+            steps = int(self.trainer.estimated_stepping_batches)
+            enter(self.causal_lm, self.plan, stage_at(self.stages, self.global_step, steps), self.trained_position)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The objective on one batch."""
@@ -288,47 +306,3 @@ class RecoveryModule(DomainScoring):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
         }
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Every parameter and buffer of the replacements, and nothing of the base."""
-        return {f"model.{key}": value for key, value in replacement_state(self.causal_lm).items()}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Take the replacements from a checkpoint.
-
-        Raises:
-            ValueError: it lacks a replacement of this plan, or holds another one.
-        """
-        expected = set(self.state_dict())
-        if expected != set(state_dict):
-            raise ValueError(
-                f"The checkpoint is for other replacements: it lacks {sorted(expected - set(state_dict))[:3]} and has "
-                f"{sorted(set(state_dict) - expected)[:3]} too many. Use the plan and replacement it was made with."
-            )
-        self.is_calibrated = True
-        try:
-            return nn.Module.load_state_dict(self, state_dict, strict=False, assign=assign)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"The checkpoint's tensors have other shapes ({reason}): name another one.") from error
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the plan and what resuming must not change."""
-        checkpoint["depthprune"] = {
-            "plan": self.plan.to_dict(),
-            "settings": run_settings(self),
-            "fit_settings": fit_settings(self),
-            "dropout_seed": self._dropout_seed,
-            "base_weights": self.base_weights,
-        }
-        number_optimizer_states(self, checkpoint, saving=True)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume with other settings than the run was started with.
-
-        Raises:
-            ValueError: the checkpoint is none of depthprune's, or a setting differs.
-        """
-        check_checkpoint(self, checkpoint)
-        number_optimizer_states(self, checkpoint, saving=False)
-        self._dropout_seed = checkpoint["depthprune"]["dropout_seed"]

@@ -37,7 +37,8 @@ def fit_settings(module: Any) -> dict[str, Any]:
     scheduler = module.make_scheduler and module.make_scheduler(optimizer)
     domains = {name: dataclasses.asdict(source) for name, source in getattr(data, "domains", {}).items()}
     return {
-        **{name: module.hparams[name] for name in ("dtype", "attn_implementation")},
+        **{name: module.hparams[name] for name in ("dtype", "attn_implementation", "decay_to_start", "strategy")},
+        "steps": int(trainer.estimated_stepping_batches) if len(module.stages) > 1 else None,
         **_plain("fitting", dataclasses.asdict(module.fitting) if module.fitting else {}),
         "optimizer": type(optimizer).__name__,
         **_plain("optimizer", optimizer.defaults),

@@ -22,6 +22,7 @@ from depthprune.data.module import TextDataModule
 from depthprune.names import unknown_name
 from depthprune.recovery.module import RecoveryModule
 from depthprune.recovery.objectives import Distillation, Matching, Objective
+from depthprune.recovery.start_weights import pull
 from depthprune.surgery import replacement_parameters
 
 SCHEDULES = ("constant", "cosine")
@@ -40,6 +41,9 @@ class Training:
         distillation: options of ``logit_distillation``.
         matching: options of ``hidden_matching``.
         documents: train on only so many documents, again and again; all of the text's if not given.
+        strategy: which replacements are trained when: a name from ``depthprune.recovery.stages.STRATEGIES``.
+        decay_to_start: after each step, weights go so much times the learning rate of the way back to their start.
+        interpolation: the weights taken in the end are so far on the way from the start to the trained ones.
         validations: how often all domains are scored on the way, the last time after the last step.
     """
 
@@ -51,6 +55,9 @@ class Training:
     distillation: Distillation = field(default_factory=Distillation)
     matching: Matching = field(default_factory=Matching)
     documents: int | None = None
+    strategy: str = "joint"
+    decay_to_start: float = 0.0
+    interpolation: float = 1.0
     validations: int = 4
 
     def __post_init__(self) -> None:
@@ -130,6 +137,8 @@ def train(
         callbacks=[recorder, OverfittingMonitor(), ForgettingMonitor(), LastCheckpoint(folder), StepsBar()],
     )
     trainer.fit(module, datamodule=text, ckpt_path=str(last) if last.exists() else None)
+    if training.interpolation != 1:
+        pull(module.causal_lm, module.start_weights, 1 - training.interpolation)
     return _describe(module, recorder, training, data)
 
 
@@ -174,5 +183,7 @@ def module_of(
         optimizer=training.optimizer,
         scheduler=training.scheduler,
         control=control,
+        strategy=training.strategy,
+        decay_to_start=training.decay_to_start,
         **settings,
     )

@@ -1,0 +1,38 @@
+"""The weights that training starts from, the closed form: it can be held near them, or brought part of the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from depthprune.shards import assign, whole
+from depthprune.surgery import replacement_parameters
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of what recovery trains, by parameter name, whole in every process."""
+    return {name: whole(parameter).clone() for name, parameter in _trained(model).items()}
+
+
+def pull(model: nn.Module, start: Mapping[str, Tensor], share: float) -> None:
+    """Move what is trained a share of the way to where it started.
+
+    With the learning rate times a strength as the share, after each step, this is decay towards the start (L2-SP,
+    arXiv 1802.01483) in AdamW's decoupled form; with ``1 - t``, after training, it is the interpolation between start
+    and trained weights (arXiv 2109.01903) at ``t``.
+
+    Args:
+        model: the model.
+        start: what :func:`trained_weights` gave.
+        share: 0 leaves the weights, 1 puts the start back; below 0 they go on in the direction of training.
+    """
+    for name, parameter in _trained(model).items():
+        value = whole(parameter)
+        assign(parameter, torch.lerp(value, start[name].to(value), share))
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    chosen = {id(parameter) for parameter in replacement_parameters(model)}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in chosen}
