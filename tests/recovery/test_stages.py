@@ -54,9 +54,7 @@ class Watcher(Callback):
         self.positions.append([found[f"model.{name}"].slot_position for name in SLOTS])
         self.weights.append({key: value.clone() for key, value in replacement_state(pl_module.causal_lm).items()})
 
-    def on_validation_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, *rest: Any, **more: Any) -> None:
         self.validated.append({slot.slot_position for slot in slots(pl_module.causal_lm).values()})
 
     def changed(self, step: int) -> list[int]:
