@@ -1,0 +1,139 @@
+"""What stands in removed sites beside what was removed, and how far training has moved it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from torch import Tensor
+
+from depthprune.callbacks.boards import boards, has_board, log_start, write_text
+from depthprune.callbacks.forgetting import domain_loaders
+from depthprune.callbacks.monitor import RecoveryMonitor, in_training
+from depthprune.data.module import TRAIN
+from depthprune.recovery.explained import MeasuredUpdates, measure_updates
+from depthprune.recovery.figures import similarity_figure, unexplained_figure
+from depthprune.recovery.module import RecoveryModule
+from depthprune.recovery.updates import compare_updates, spectrum, standing, trained_names
+from depthprune.replacements import MapReplacement
+from depthprune.shards import whole
+
+TABLE_RANKS = (16, 64)  # of the table beside the figure
+
+
+class UpdateMonitor(RecoveryMonitor):
+    """Logs, at the start and at every validation, how near replacements are to what was removed, and how they move.
+
+    Of each removal in which something stands, named by its first site, on the first validation domain (held out) and,
+    with ``_train`` behind the name, on training documents (see :func:`~depthprune.recovery.updates.compare_updates`):
+
+    - ``5_updates/SITE/norm``: mean norm of the replacement's update over that of the removed one.
+    - ``5_updates/SITE/cosine``: mean cosine between the two.
+    - ``5_updates/SITE/relative_error``: mean norm of their difference over that of the removed one.
+
+    The replacement reads the pruned model's own stream, the removed update is that in the unpruned one. A replacement
+    that also makes up for what is lacking before it may well be further from the update than one that does not.
+
+    - ``5_updates/SITE/effective_rank``, ``map_norm``: of a map (see :func:`~depthprune.recovery.updates.spectrum`).
+    - ``5_updates/SITE/distance``: how far the trained weights are from their start, over the norm of the start; also of
+      layers that are refit, which have nothing else to compare. ``5_updates/distance`` is that of all together.
+
+    Before the first step, figures in TensorBoard show what a constant and maps of each rank can explain of each removed
+    update at best, and how alike the mean updates of all sites of a kind are (see
+    :func:`~depthprune.recovery.explained.measure_updates`).
+
+    A comparison costs a forward pass of both models, up to the last removal and with one common prefix. The figures
+    cost a pass of the unpruned model over the calibration text, and for each removal about as much as the closed form
+    of an adapter. What is kept is a copy of the trained weights at the start.
+
+    Args:
+        leave_out_massive: leave tokens with massive activations out of the figures before the first step, where the
+            updates of a handful of tokens may outweigh all others; everything else is of all tokens.
+    """
+
+    def __init__(self, leave_out_massive: bool = False) -> None:
+        self.leave_out_massive = leave_out_massive
+        self.start: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the weights of the start and measure the updates, unless they came from a checkpoint."""
+        assert isinstance(pl_module, RecoveryModule)
+        if self.start:
+            return
+        pl_module.check_start()
+        self.start = {name: value.clone() for name, value in trained_weights(pl_module).items()}
+        pl_module.print("Comparing what stands in the removed sites with what was removed.")
+        log_start(trainer, self._figures(trainer, pl_module))
+        if has_board(trainer):
+            pl_module.print("Measuring what a constant and maps of each rank could explain of the removed updates.")
+            write_measured(trainer, self._measure_before(trainer, pl_module))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare again."""
+        if not in_training(trainer) or not self.start:
+            return
+        assert isinstance(pl_module, RecoveryModule)
+        pl_module.log_dict(self._figures(trainer, pl_module), sync_dist=True)
+
+    def _measure_before(self, trainer: Trainer, pl_module: RecoveryModule) -> MeasuredUpdates:
+        """What can be explained of the removed updates, on the texts of the closed forms and the held-out one."""
+        data = pl_module.text_data()
+        spans = [removal.sites for removal in pl_module.plan.removals]
+        texts = data.calibration_dataloader(), data.tune_dataloader(), next(iter(domain_loaders(trainer).values()))
+        with trainer.precision_plugin.val_step_context():
+            return measure_updates(pl_module.causal_lm, spans, *texts, leave_out_massive=self.leave_out_massive)
+
+    def _figures(self, trainer: Trainer, pl_module: RecoveryModule) -> dict[str, float]:
+        model, plan = pl_module.causal_lm, pl_module.plan
+        held_out = next(iter(domain_loaders(trainer).values()))
+        train = pl_module.text_data().val_dataloader()[TRAIN]
+        figures: dict[str, float] = {}
+        with trainer.precision_plugin.val_step_context():
+            for ending, loader in (("", held_out), ("_train", train)):
+                for site, found in compare_updates(model, plan, pl_module.as_validated(loader)).items():
+                    figures |= {f"5_updates/{site}/{name}{ending}": value for name, value in found.items()}
+        for site, replacement in standing(model, plan).items():
+            if isinstance(replacement, MapReplacement):
+                figures |= {f"5_updates/{site}/{name}": value for name, value in spectrum(replacement).items()}
+        return figures | self._distances(pl_module)
+
+    def _distances(self, pl_module: RecoveryModule) -> dict[str, float]:
+        """How far each site's weights, and all together, are from the start, relative to its norm."""
+        now = trained_weights(pl_module)
+        moved, size = dict[str, float](), dict[str, float]()
+        for owner, names in trained_names(pl_module.causal_lm, pl_module.plan).items():
+            for room in (f"5_updates/{owner}/distance", "5_updates/distance"):
+                for name in names:
+                    before = self.start[name].double()
+                    moved[room] = moved.get(room, 0.0) + float((now[name].double() - before).square().sum())
+                    size[room] = size.get(room, 0.0) + float(before.square().sum())
+        return {room: (moved[room] / size[room]) ** 0.5 for room in moved}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The trained weights at the start, by parameter name."""
+        return {"start": self.start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them from a checkpoint."""
+        self.start = {name: value.cpu() for name, value in state_dict["start"].items()}
+
+
+def trained_weights(pl_module: RecoveryModule) -> dict[str, Tensor]:
+    """The replacements' parameters by name, whole and on the CPU."""
+    named = pl_module.causal_lm.named_parameters()
+    return {name: whole(parameter).cpu() for name, parameter in named if ".replacement." in name}
+
+
+def write_measured(trainer: Trainer, measured: MeasuredUpdates) -> None:
+    """Write what was measured before training to TensorBoard, as figures and a table."""
+    ranks = [rank for rank in TABLE_RANKS if rank < len(next(iter(measured.explained.values())).by_rank)]
+    rows = [f"| site | constant |{''.join(f' rank {rank} |' for rank in ranks)} any linear map |"]
+    rows.append("|---" * (len(ranks) + 3) + "|")
+    for site, found in measured.explained.items():
+        shares = [found.constant, *(float(found.by_rank[rank]) for rank in ranks), found.linear]
+        rows.append(f"| {site} |{''.join(f' {share:.3f} |' for share in shares)}")
+    about = "Share of the mean squared update of each removal that is explained on held-out tokens."
+    write_text(trainer, "5_updates/explained", "\n".join([about, "", *rows]))
+    for board in boards(trainer):
+        board.add_figure("5_updates/unexplained", unexplained_figure(measured.explained), trainer.global_step)
+        board.add_figure("5_updates/similarity", similarity_figure(measured.similarity()), trainer.global_step)
