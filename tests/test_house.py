@@ -77,7 +77,7 @@ LAYERS = [
     {"recovery.ablations"},
     {"recovery.cli", "callbacks.monitor", "callbacks.recorder"},
     {"callbacks.forgetting"},
-    {"callbacks.overfitting", "callbacks.agreement", "callbacks.updates"},
+    {"callbacks.overfitting", "callbacks.agreement", "callbacks.updates", "callbacks.run_card"},
     {"recovery.rung"},
     {"report.results", "report.markdown", "study_file"},
     {"report.findings", "figures", "report.ablation"},
