@@ -76,7 +76,11 @@ class UpdateMonitor(RecoveryMonitor):
         pl_module.log_dict(self._figures(trainer, pl_module), sync_dist=True)
 
     def _measure_before(self, trainer: Trainer, pl_module: RecoveryModule) -> MeasuredUpdates:
-        """What can be explained of the removed updates, on the texts of the closed forms and the held-out one."""
+        """What can be explained of the removed updates, on the texts of the closed forms and the held-out one.
+
+        The ridges' text and the held-out one are of the same role and may share sequences: one of nine ridges is all
+        that is chosen on them.
+        """
         data = pl_module.text_data()
         spans = [removal.sites for removal in pl_module.plan.removals]
         texts = data.calibration_dataloader(), data.tune_dataloader(), next(iter(domain_loaders(trainer).values()))
