@@ -200,6 +200,37 @@ def reads_kept(model: PreTrainedModel, sites: Iterable[Site], kept: dict[Site, T
             handle.remove()
 
 
+def run_with_reads(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    sites: Sequence[Site],
+    report: Callable[[Observation, Tensor], None],
+) -> None:
+    """Run the trunk over batches, in evaluation mode, and report every site with what it read.
+
+    Args:
+        model: the model; its sites run as they are switched.
+        batches: the text.
+        sites: which sites to report.
+        report: called with each observation and the site's read, ``(N, D)`` fp32 without padding.
+    """
+    reads: dict[Site, Tensor] = {}
+    mask = torch.ones(0, dtype=torch.bool)
+
+    def with_read(observation: Observation) -> None:
+        if observation.site.kind == "block":
+            report(observation, observation.before.values)
+            return
+        whole = reads.pop(observation.site)
+        report(observation, whole.reshape(-1, whole.shape[-1])[mask.to(whole.device)].float())
+
+    with evaluating(model), observed(model, sites, with_read) as next_mask, reads_kept(model, sites, reads):
+        for batch in on_device(batches, model):
+            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten().bool()
+            next_mask(batch.get("attention_mask"))
+            hidden_states(model, batch)
+
+
 class SiteMetric(Metric):
     """Base of metrics over sites: ``update`` takes one observation, ``end_batch`` comes after a batch's last one.
 

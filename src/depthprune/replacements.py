@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from depthprune.names import unknown_name
-from depthprune.shards import assign
+from depthprune.shards import assign, whole
 
 LARGEST = 1e6  # of any option
 SOURCES = ("own", "sequential", "next_kept", "mean_later")
@@ -77,6 +77,10 @@ class MapReplacement(Replacement):
     def __init__(self, hidden_size: int) -> None:
         super().__init__(hidden_size)
         self.register_buffer("read_mean", torch.zeros(hidden_size, dtype=torch.float32))
+
+    def singular_values(self) -> Tensor:
+        """Those of the map's matrix, the largest first: ``(D,)``, of a map of rank r ``(r,)``; fp64."""
+        raise NotImplementedError
 
 
 class EmulatedUpdate(Replacement):
@@ -228,6 +232,10 @@ class Linear(MapReplacement):
         """Start from adding nothing: the constant is 0, as the map is."""
         assign(self.map.bias, torch.zeros_like(self.mean))
 
+    def singular_values(self) -> Tensor:
+        """See :meth:`MapReplacement.singular_values`."""
+        return torch.linalg.svdvals(whole(self.map.weight).double())
+
     def forward(self, read: Tensor) -> Tensor:
         """Map read ``(B, T, D)`` to update ``(B, T, D)``."""
         return self.map(read.float() - self.read_mean).to(read.dtype)
@@ -286,6 +294,12 @@ class LowRankAdapter(MapReplacement):
     def silence(self) -> None:
         """Start from adding nothing: the constant is 0, as ``B`` is."""
         self.constant.zero_()
+
+    def singular_values(self) -> Tensor:
+        """See :meth:`MapReplacement.singular_values`; from matrices of ``(r, r)``."""
+        sides = whole(self.up.weight), whole(self.down.weight).T
+        upper, lower = (torch.linalg.qr(side.double())[1] for side in sides)
+        return abs(self.scaling) * torch.linalg.svdvals(upper @ lower.T)
 
     def forward(self, read: Tensor) -> Tensor:
         """Map read ``(B, T, D)`` to update ``(B, T, D)``."""

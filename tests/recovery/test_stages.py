@@ -10,7 +10,6 @@ import torch
 from lightning import Callback
 from torch import Tensor
 
-from depthprune.recovery.module import RecoveryModule
 from depthprune.recovery.stages import Stage, stage_at, stages_of
 from depthprune.sites import PruningPlan
 from depthprune.surgery import replacement_parameters, replacement_state, slots
@@ -49,7 +48,7 @@ class Watcher(Callback):
         self.validated: list[set[str]] = []
         self.weights: list[dict[str, Tensor]] = []
 
-    def on_before_zero_grad(self, trainer: Any, pl_module: RecoveryModule, optimizer: Any) -> None:
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         found = slots(pl_module.causal_lm)
         self.positions.append([found[f"model.{name}"].slot_position for name in SLOTS])
         self.weights.append({key: value.clone() for key, value in replacement_state(pl_module.causal_lm).items()})

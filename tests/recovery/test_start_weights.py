@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning import Callback
 
-from depthprune.recovery.start_weights import pull, trained_weights
+from depthprune.recovery.start_weights import distance, pull, trained_weights
 from depthprune.sites import PruningPlan
 from depthprune.surgery import install_slots, replacement_parameters
 from tests.command_line import Workshop, read_checkpoint
@@ -33,6 +33,22 @@ def test_weights_between_start_and_now() -> None:
         torch.testing.assert_close(value, 0.75 * now[name] + 0.25 * start[name])
     pull(model, start, 1.0)
     assert all(torch.equal(value, start[name]) for name, value in trained_weights(model).items())
+
+
+def test_distance_is_relative_to_the_start_unless_that_is_zero() -> None:
+    model = tiny_model()
+    install_slots(model, PruningPlan.of("block.1", "mlp.3", replacement="additive_bias"))
+    start = trained_weights(model)
+    first, second = replacement_parameters(model)
+    with torch.no_grad():
+        first[0], second[1] = 3.0, 4.0
+    assert distance(model, start) == pytest.approx(5.0)
+    start = trained_weights(model)
+    with torch.no_grad():
+        first[1] = 1.0
+    assert distance(model, start) == pytest.approx(1 / 5)
+    name = next(iter(start))
+    assert distance(model, {name: start[name]}) == pytest.approx(1 / 3)
 
 
 class Steps(Callback):

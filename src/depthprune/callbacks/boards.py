@@ -21,6 +21,11 @@ def write_text(trainer: Trainer, tag: str, text: str) -> None:
         board.add_text(tag, text, trainer.global_step)
 
 
+def has_board(trainer: Trainer) -> bool:
+    """Whether there is a TensorBoard logger; the same in every process."""
+    return any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+
+
 def boards(trainer: Trainer) -> Iterator[Any]:
     """The summary writer of each TensorBoard logger; only the first process has any."""
     if trainer.is_global_zero:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from depthprune.anatomy import Anatomy
 from depthprune.covariances import PairedMoments
-from depthprune.head import Batch, evaluating, hidden_states, input_device, on_device
-from depthprune.moments import Observation, observed, reads_kept
+from depthprune.head import Batch, input_device
+from depthprune.moments import Observation, run_with_reads
 from depthprune.sites import Site
 
 RIDGE = 1e-6  # of the mean diagonal, added to the diagonals of both covariances
@@ -67,30 +67,13 @@ def run_cca_bound(model: PreTrainedModel, batches: Iterable[Batch], sites: Seque
     """
     width = Anatomy.of(model).hidden_size
     moments = {site: PairedMoments(width, width).to(input_device(model)) for site in sites}
-    _add_text(moments, model, batches)
+
+    def report(observation: Observation, read: Tensor) -> None:
+        moments[observation.site].update(read, observation.after.values)
+
+    run_with_reads(model, batches, sites, report)
     found = {}
     for site, summed in moments.items():
         covariances = summed.covariances()
         found[site] = float(cca_bound(covariances.xx, covariances.xy, covariances.yy))
     return found
-
-
-def _add_text(moments: Mapping[Site, PairedMoments], model: PreTrainedModel, batches: Iterable[Batch]) -> None:
-    """Add all batches."""
-    reads: dict[Site, Tensor] = {}
-    mask = torch.ones(0, dtype=torch.bool)
-
-    def report(observation: Observation) -> None:
-        after = observation.after.values
-        if observation.site.kind == "block":
-            read = observation.before.values
-        else:
-            whole = reads.pop(observation.site)
-            read = whole.reshape(-1, whole.shape[-1])[mask.to(whole.device)].float()
-        moments[observation.site].update(read, after)
-
-    with evaluating(model), observed(model, list(moments), report) as next_mask, reads_kept(model, moments, reads):
-        for batch in on_device(batches, model):
-            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten().bool()
-            next_mask(batch.get("attention_mask"))
-            hidden_states(model, batch)

@@ -18,7 +18,15 @@ from depthprune.moments import MeanUpdates, Observation, Vectors, massive, reads
 from depthprune.names import unknown_name
 from depthprune.recovery.carried import CarriedBatch, carry, hooked, through
 from depthprune.recovery.regression import STRENGTHS, AffineMap, best_map
-from depthprune.recovery.segments import Segment, Streams, attention_kept, segments, stream_after, unpruned_streams
+from depthprune.recovery.segments import (
+    Segment,
+    Streams,
+    attention_kept,
+    pass_segment,
+    segments,
+    stream_after,
+    unpruned_streams,
+)
 from depthprune.refit import Writer, writers
 from depthprune.replacements import Replacement, SolvedLayer, is_fitted
 from depthprune.shards import add, whole
@@ -95,11 +103,7 @@ def fit_maps(
                 break
             is_changed = bool(segment.removals) or anatomy.kept_blocks[segment.places[0]] in refit
             for batch, streams in chain(*parts):
-                if is_changed or batch.pruned is not batch.unpruned:
-                    batch.pruned = through(anatomy, segment.places, batch, batch.pruned, "replacement")
-                else:  # both models are the same so far
-                    batch.pruned = streams.after
-                batch.unpruned = streams.after
+                pass_segment(anatomy, segment, batch, streams.after, is_changed)
     return found
 
 

@@ -198,6 +198,7 @@ class RecoveryModule(ReplacementCheckpoints):
         restored_later = self.trainer.strategy.restore_checkpoint_after_setup and self.trainer.ckpt_path
         if not restored_later:
             self.calibrate()
+            self.start_weights = self.start_weights or trained_weights(self.causal_lm)
         if self._dropout_seed is None:
             self._dropout_seed = torch.initial_seed()
         if self.hparams["prefix_cache"]:
@@ -222,8 +223,6 @@ class RecoveryModule(ReplacementCheckpoints):
         self.start_step = self.global_step
         if len(self.stages) > 1 and self.trainer.world_size > 1:
             raise ValueError("Strategies other than joint train in one process: set trainer.devices to 1.")
-        if not self.start_step:
-            self.start_weights = trained_weights(self.causal_lm)
         if self.start_step:
             self.print(f"Going on after step {self.start_step}, from {self.trainer.ckpt_path}.")
             if stopped_early(self.trainer):

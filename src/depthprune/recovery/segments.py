@@ -71,6 +71,24 @@ def unpruned_streams(anatomy: Anatomy, segment: Segment, batch: CarriedBatch) ->
     return Streams(before, before + kept["update"].view_as(before) if kept else None, after)
 
 
+def pass_segment(anatomy: Anatomy, segment: Segment, batch: CarriedBatch, after: Tensor, is_changed: bool) -> None:
+    """Let a batch pass a segment.
+
+    Args:
+        anatomy: of the model.
+        segment: the segment that the batch stands before.
+        batch: the batch.
+        after: the unpruned stream after the segment, ``(B, T, D)``.
+        is_changed: whether the segment is another one in the pruned model; if not, it is run once as long as both
+            models are the same.
+    """
+    if is_changed or batch.pruned is not batch.unpruned:
+        batch.pruned = through(anatomy, segment.places, batch, batch.pruned, "replacement")
+    else:
+        batch.pruned = after
+    batch.unpruned = after
+
+
 def attention_kept(anatomy: Anatomy, place: int, kept: dict[str, Tensor]) -> AbstractContextManager[None]:
     """Put what the attention of the block at a place adds to the stream into ``kept``, for the length of a block."""
     index = anatomy.kept_blocks[place]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -31,6 +32,21 @@ def pull(model: nn.Module, start: Mapping[str, Tensor], share: float) -> None:
     for name, parameter in _trained(model).items():
         value = whole(parameter)
         assign(parameter, torch.lerp(value, start[name].to(value), share))
+
+
+def distance(model: nn.Module, start: Mapping[str, Tensor]) -> float:
+    """How far weights are from where they started, over the norm of the start; the distance itself if that is 0.
+
+    Args:
+        model: the model.
+        start: their start, by parameter name; all that is trained, or a part of it.
+    """
+    now = _trained(model)
+    moved = sum(
+        float((whole(now[name]).cpu().double() - value.cpu().double()).square().sum()) for name, value in start.items()
+    )
+    size = sum(float(value.double().square().sum()) for value in start.values())
+    return math.sqrt(moved / size if size else moved)
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -18,11 +18,12 @@ from depthprune.callbacks.forgetting import ForgettingMonitor
 from depthprune.callbacks.last_checkpoint import LastCheckpoint
 from depthprune.callbacks.overfitting import OverfittingMonitor
 from depthprune.callbacks.recorder import LossRecorder
+from depthprune.callbacks.run_card import RunCard
 from depthprune.data.module import TextDataModule
 from depthprune.names import unknown_name
 from depthprune.recovery.module import RecoveryModule
 from depthprune.recovery.objectives import Distillation, Matching, Objective
-from depthprune.recovery.start_weights import pull
+from depthprune.recovery.start_weights import distance, pull
 from depthprune.surgery import replacement_parameters
 
 SCHEDULES = ("constant", "cosine")
@@ -134,7 +135,7 @@ def train(
         enable_model_summary=False,
         use_distributed_sampler=False,
         logger=logger,
-        callbacks=[recorder, OverfittingMonitor(), ForgettingMonitor(), LastCheckpoint(folder), StepsBar()],
+        callbacks=[recorder, OverfittingMonitor(), ForgettingMonitor(), RunCard(), LastCheckpoint(folder), StepsBar()],
     )
     trainer.fit(module, datamodule=text, ckpt_path=str(last) if last.exists() else None)
     if training.interpolation != 1:
@@ -153,6 +154,7 @@ def _describe(
         "tokens": training.steps * training.batch_size * data.sequence_length,
         "trainable_parameters": sum(parameter.numel() for parameter in replacement_parameters(module.causal_lm)),
         "learning_rate": training.learning_rate,
+        "distance": distance(module.causal_lm, module.start_weights),
         "curve": [
             {"step": step, **{domain: loss.loss for domain, loss in losses.items()}}
             for step, losses in sorted(recorder.history.items())
