@@ -23,6 +23,7 @@ from depthprune.loading import load
 from depthprune.names import unknown_name
 from depthprune.progress import tracked
 from depthprune.recovery.ablations import Rung, climbed
+from depthprune.recovery.closed_form import check_closed_form
 from depthprune.report.ablation import BARE, UNPRUNED, ablation_figure, console_table, report
 from depthprune.sites import PruningPlan
 from depthprune.study_file import check_config
@@ -92,6 +93,7 @@ def ablate(
         fabric = start_fabric(accelerator)
         causal_lm, _ = load(model, dtype=dtype, revision=revision)
         for rung in chosen.values():
+            check_closed_form(rung.plan(sites))
             check_plan(causal_lm, rung.plan(sites))
         torch.nn.Module.to(causal_lm, fabric.device)
         content["weights"] = unpruned_fingerprint(causal_lm).weights

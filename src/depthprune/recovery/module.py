@@ -174,6 +174,9 @@ class RecoveryModule(DomainScoring):
         if self.is_calibrated:
             return
         datamodule = self.text_data()
+        if all(removal.replacement in ("none", "healing") for removal in self.plan.removals):
+            self.is_calibrated = True
+            return
         self.print(f"Calibrating the replacements of {len(self.plan.sites)} sites.")
         texts = datamodule.calibration_dataloader(), datamodule.tune_dataloader()
         calibrate_on(self.causal_lm, self.plan, *texts, self.fitting)

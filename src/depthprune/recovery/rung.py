@@ -34,7 +34,7 @@ class Training:
     """How a study trains a replacement.
 
     Attributes:
-        replacement: low_rank_adapter.
+        replacement: low_rank_adapter or healing.
         options: its options.
         steps: optimizer steps; a multiple of 4, one validation after each quarter.
         batch_size: sequences of a step.
@@ -61,7 +61,7 @@ class Training:
         """
         with torch.device("meta"):
             plain = build_replacement(self.replacement, causal_lm.config.hidden_size, {})
-            if plain is None or not list(plain.parameters()):
+            if self.replacement != "healing" and (plain is None or not list(plain.parameters())):
                 raise ValueError(f"training.replacement {self.replacement} has nothing to train: use low_rank_adapter.")
             build_replacement(self.replacement, causal_lm.config.hidden_size, self.options)
 
