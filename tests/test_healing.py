@@ -32,7 +32,7 @@ from depthprune.surgery import (
 )
 from tests import brute_force
 from tests.brute_force import NOTHING, difference, plain_logits
-from tests.test_surgery import assert_same, snapshot
+from tests.test_surgery import assert_same, snapshot, with_hooks
 from tests.tiny_models import FAMILIES, MIXTURES, WIDTH, tiny_batch, tiny_model
 
 OPTIONS: dict[str, Any] = {"rank": 4, "alpha": 6.0}
@@ -216,6 +216,21 @@ def test_copies_and_pickles(family: str) -> None:
         assert torch.equal(plain_logits(again, batch), plain_logits(model, batch))
         remove_slots(again)
         assert_same(again, before)
+
+
+def test_under_hooks_of_accelerate() -> None:
+    model, batch = tiny_model(), tiny_batch("left")
+    expected, unpruned = plain_logits(bare(model), batch), plain_logits(model, batch)
+    with_hooks(model)
+    install_slots(model, heal(*BLOCKS_GONE, **OPTIONS))
+    assert torch.equal(plain_logits(model, batch), expected)
+    fill(model)
+    healed = plain_logits(model, batch)
+    assert difference(healed, expected) > 1e-3
+    with switched(model, "original"):
+        assert torch.equal(plain_logits(model, batch), unpruned)
+    remove_for_good(model, heal(*BLOCKS_GONE, **OPTIONS))
+    assert difference(plain_logits(model, batch), healed) < 1e-5
 
 
 def test_dropout_only_in_training() -> None:

@@ -138,7 +138,8 @@ class Healing(Replacement):
         dropout: probability of dropping an entry of what a layer gets, for its adapter, while training.
         before: how many kept blocks before the cut are healed.
         blocks: how many kept blocks behind the cut are healed, the nearest first; 0 for all.
-        layers: which linear layers of a block: ``"all"``, those of the ``"attention"`` or those of the ``"mlp"``.
+        layers: which linear layers of a block: ``"all"``, those of the ``"attention"`` or those of the ``"mlp"``; the
+            experts of a mixture are none.
     """
 
     def __init__(
