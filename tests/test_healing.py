@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -222,6 +223,8 @@ def test_under_hooks_of_accelerate() -> None:
     model, batch = tiny_model(), tiny_batch("left")
     expected, unpruned = plain_logits(bare(model), batch), plain_logits(model, batch)
     with_hooks(model)
+    for name in linear_layers(model, HEALED):
+        add_hook_to_module(model.get_submodule(name), AlignDevicesHook("cpu", io_same_device=True))
     install_slots(model, heal(*BLOCKS_GONE, **OPTIONS))
     assert torch.equal(plain_logits(model, batch), expected)
     fill(model)
