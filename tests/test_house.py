@@ -29,7 +29,8 @@ LAYERS = [
     {"recovery.regression", "sites", "replacements", "embedded", "recovery.checkpoints"},
     {"families", "data.text", "data.questions"},
     {"anatomy"},
-    {"refit"},
+    {"refit", "healing"},
+    {"kept_layers"},
     {"surgery", "head", "data.packing", "data.origins", "data.opening", "devices"},
     {
         "removal",

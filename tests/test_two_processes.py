@@ -176,12 +176,16 @@ def test_closed_forms(workshop: Workshop, tmp_path: Path, replacement: str) -> N
 MIXTURE = "{logit_distillation: 1.0, hidden_matching: 0.5, language_modelling: 0.1}"
 
 
-@pytest.mark.parametrize("objective", [MIXTURE, "hidden_matching"])
-def test_fit_to_the_unpruned_model(workshop: Workshop, tmp_path: Path, objective: str) -> None:
+@pytest.mark.parametrize(
+    ("objective", "replacement"),
+    [(MIXTURE, "low_rank_adapter"), ("hidden_matching", "low_rank_adapter"), ("hidden_matching", "healing")],
+)
+def test_fit_to_the_unpruned_model(workshop: Workshop, tmp_path: Path, objective: str, replacement: str) -> None:
     ends = {}
     for layout in LAYOUTS:
         folder = tmp_path / layout
         flags = ["--model.objective", objective, "--model.prefix_cache", tmp_path / "cache"]
+        flags += ["--model.replacement", replacement]
         fit_in(layout, workshop, folder, *flags, steps=4)
         ends[layout] = read_checkpoint(folder / "validated" / "step=4.ckpt")
     for layout in ("ddp", "sharded"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from depthprune.head import Batch
-from depthprune.recovery.closed_form import calibrate_on
+from depthprune.recovery.closed_form import calibrate_on, check_closed_form
 from depthprune.recovery.fitting import Fitting
 from depthprune.removal import remove_for_good
 from depthprune.sites import PruningPlan
@@ -32,7 +32,7 @@ def swapped(
         fitting: how maps are fitted to the text; None lets them start from the mean update.
 
     Raises:
-        ValueError: the plan does not fit the model, or batches are needed and missing.
+        ValueError: the plan does not fit the model or has to be trained, or batches are needed and missing.
     """
     plan = _opened(plan)
     install_slots(model, plan)
@@ -61,7 +61,8 @@ def prune(
         The same model.
 
     Raises:
-        ValueError: the plan does not fit the model, or batches are needed and missing; the model is unchanged.
+        ValueError: the plan does not fit the model or has to be trained, or batches are needed and missing; the model
+            is unchanged.
     """
     plan = _opened(plan)
     install_slots(model, plan)
@@ -76,9 +77,10 @@ def prune(
 
 def _opened(plan: PruningPlan | str | Path) -> PruningPlan:
     if isinstance(plan, str | Path):
-        return PruningPlan.load(plan)
+        plan = PruningPlan.load(plan)
     if not isinstance(plan, PruningPlan):
         raise ValueError(f'{plan!r} is not a pruning plan: make one with PruningPlan.of("block.3", "mlp.7").')
+    check_closed_form(plan)
     return plan
 
 

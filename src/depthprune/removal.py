@@ -13,7 +13,7 @@ from depthprune.anatomy import Anatomy, pruning_record, unpruned_fingerprint
 from depthprune.families import renumber
 from depthprune.replacements import build_replacement
 from depthprune.sites import PruningPlan
-from depthprune.surgery import Slot, guard_saving, keep_solved_layers, make_slots, open_slots
+from depthprune.surgery import Slot, guard_saving, keep_changed_layers, make_slots, open_slots
 
 
 def remove_for_good(model: PreTrainedModel, plan: PruningPlan) -> None:
@@ -29,7 +29,7 @@ def remove_for_good(model: PreTrainedModel, plan: PruningPlan) -> None:
     record = pruning_record(model)
     done = PruningPlan.from_dict(record["plan"]) if record else PruningPlan(())
     whole = done.followed_by(plan) if record else plan
-    keep_solved_layers(model)
+    keep_changed_layers(model)
     for slot in open_slots(model).values():
         assert isinstance(slot, nn.Module)
         _hollow(slot)

@@ -13,7 +13,6 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from depthprune.names import unknown_name
 from depthprune.shards import assign, whole
@@ -136,23 +135,42 @@ class Refit(Replacement):
         self.through = through
 
 
-class SolvedLayer(nn.Module):
-    """An output layer's weights, solved anew: ``forward(input (..., P)) -> (..., Q)``. It starts as the layer was.
+class Healing(Replacement):
+    """Nothing; the linear layers of kept blocks beside the cut get LoRA adapters (see :mod:`depthprune.healing`).
 
     Args:
-        weight: the layer's weight, ``(Q, P)``.
-        bias: its bias, ``(Q,)``, if it has one.
+        hidden_size: width of the stream, D.
+        rank: rank of the adapters, 1 to D.
+        alpha: scale of an adapter, which is multiplied by ``alpha / rank``; ``rank`` if not given.
+        dropout: probability of dropping an entry of what a layer gets, for its adapter, while training.
+        before: how many kept blocks before the cut are healed.
+        blocks: how many kept blocks behind the cut are healed, the nearest first; 0 for all.
+        layers: which linear layers of a block: ``"all"``, those of the ``"attention"`` or those of the ``"mlp"``; the
+            experts of a mixture are none.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight.detach().float().clone())
-        self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
-
-    def forward(self, read: Tensor) -> Tensor:
-        """Map what the layer gets, ``(..., P)``, to ``(..., Q)``, in the dtype of its input."""
-        bias = None if self.bias is None else self.bias.to(read.dtype)
-        return functional.linear(read, self.weight.to(read.dtype), bias)
+    def __init__(
+        self,
+        hidden_size: int,
+        rank: int = 16,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        before: int = 1,
+        blocks: int = 0,
+        layers: str = "all",
+    ) -> None:
+        super().__init__(hidden_size)
+        _check_adapter(rank, alpha, dropout, hidden_size)
+        if layers not in ("all", "attention", "mlp"):
+            raise unknown_name("choice of layers to heal", layers, ("all", "attention", "mlp"))
+        if before < 0 or blocks < 0:
+            raise ValueError(f"Healing of {before} blocks before and {blocks} behind the cut: give 0 or more of each.")
+        self.rank = rank
+        self.alpha = rank if alpha is None else alpha
+        self.dropout = dropout
+        self.before = before
+        self.blocks = blocks
+        self.layers = layers
 
 
 class ScaledUpdate(Replacement):
@@ -258,12 +276,7 @@ class LowRankAdapter(MapReplacement):
 
     def __init__(self, hidden_size: int, rank: int = 16, alpha: float | None = None, dropout: float = 0.0) -> None:
         super().__init__(hidden_size)
-        if not 1 <= rank <= hidden_size:
-            raise ValueError(f"The adapter's rank is {rank}: choose one from 1 to the model's width {hidden_size}.")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"The adapter's dropout is {dropout}: choose a probability from 0 up to, but not, 1.")
-        if alpha == 0:
-            raise ValueError("The adapter's alpha is 0, so it would add nothing: leave it out, or give another number.")
+        _check_adapter(rank, alpha, dropout, hidden_size)
         self.solved_rank = rank
         self.scaling = (rank if alpha is None else alpha) / rank
         self.dropout = nn.Dropout(dropout)
@@ -308,6 +321,15 @@ class LowRankAdapter(MapReplacement):
         return (self.constant + self.scaling * low_rank).to(read.dtype)
 
 
+def _check_adapter(rank: int, alpha: float | None, dropout: float, hidden_size: int) -> None:
+    if not 1 <= rank <= hidden_size:
+        raise ValueError(f"The adapter's rank is {rank}: choose one from 1 to the model's width {hidden_size}.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"The adapter's dropout is {dropout}: choose a probability from 0 up to, but not, 1.")
+    if alpha == 0:
+        raise ValueError("The adapter's alpha is 0, so it would add nothing: leave it out, or give another number.")
+
+
 REPLACEMENTS: dict[str, type[Replacement]] = {
     "emulated_update": EmulatedUpdate,
     "scaled_update": ScaledUpdate,
@@ -315,6 +337,7 @@ REPLACEMENTS: dict[str, type[Replacement]] = {
     "low_rank_adapter": LowRankAdapter,
     "linear": Linear,
     "refit": Refit,
+    "healing": Healing,
 }
 """Every replacement by name; beside them ``"none"`` leaves nothing in the site's place."""
 
@@ -330,7 +353,7 @@ _TYPES: dict[Any, tuple[tuple[type, ...], str]] = {int: ((int,), "a whole number
 
 
 def build_replacement(name: str, hidden_size: int, options: Mapping[str, Any]) -> Replacement | None:
-    """Make what stands in a site, not yet calibrated (its mean is zero); None for ``"none"`` and ``"refit"``.
+    """Make what stands in a site, not yet calibrated (its mean is zero); None where nothing stands.
 
     Raises:
         ValueError: there is no replacement or option of that name, or an option's value is out of range.
@@ -354,4 +377,4 @@ def build_replacement(name: str, hidden_size: int, options: Mapping[str, Any]) -
                 f"The option {option} of the replacement {name} is {value}: give a finite number up to {LARGEST:g}."
             )
     made = REPLACEMENTS[name](hidden_size, **options)
-    return None if isinstance(made, Refit) else made
+    return None if isinstance(made, Refit | Healing) else made

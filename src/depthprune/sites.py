@@ -90,8 +90,8 @@ class Removal:
 
     @property
     def is_bare(self) -> bool:
-        """Whether nothing stands in the place of what goes; with a refit, kept layers beside it are solved anew."""
-        return self.replacement in ("none", "refit")
+        """Whether nothing stands in the place of what goes; by refit and healing, kept layers beside it change."""
+        return self.replacement in ("none", "refit", "healing")
 
     def to_dict(self) -> dict[str, Any]:
         """The removal as JSON-ready data."""

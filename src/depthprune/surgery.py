@@ -4,7 +4,7 @@ A slot is a site's own module under a derived class that looks at a switch befor
 checks of transformers (outputs recorded by class, gradient checkpointing) and the keys of the base weights stay as they
 were; a slot only adds a child ``replacement``. Switching variants is setting an attribute. Where a site is a chain of
 modules (a norm behind an attention, say), the first one holds the replacement and the others let its update through.
-A kept layer that is refit is a slot too: it holds the solved weights, and uses them only as the replacement.
+A kept layer that is refit or healed is a slot too: it holds its change, and uses it only as the replacement.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from depthprune.anatomy import Anatomy, pruning_record, unpruned_fingerprint
+from depthprune.kept_layers import LayerChange, check_layers, layer_changes, weights_of
 from depthprune.names import unknown_name
-from depthprune.refit import layers
-from depthprune.replacements import Replacement, SolvedLayer, build_replacement
+from depthprune.replacements import Replacement, build_replacement
 from depthprune.shards import assign
 from depthprune.sites import PruningPlan, Site
 
@@ -38,11 +37,11 @@ CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
 
 
 class Slot:
-    """Mixin that turns a site's module, or a layer that is refit, into a slot (see :func:`install_slots`).
+    """Mixin that turns a site's module, or a kept layer that is changed, into a slot (see :func:`install_slots`).
 
     Attributes:
         base: the class of the module before it became a slot.
-        kind: that of the site, ``"follower"`` for the other modules of its chain, ``"layer"`` for one that is refit.
+        kind: that of the site, ``"follower"`` for the other modules of its chain, ``"layer"`` for a kept layer.
         slot_position: the switch, one of :data:`POSITIONS`.
         cache_index: the cache layer that belongs to the site.
         replacement: what stands here when the original does not; None for nothing.
@@ -53,7 +52,7 @@ class Slot:
     kind: str
     slot_position: str
     cache_index: int
-    replacement: Replacement | SolvedLayer | None
+    replacement: Replacement | LayerChange | None
     is_hollow: bool
 
     def stand_in(self, read: Tensor) -> Tensor | None:
@@ -121,8 +120,8 @@ def _slot_class(base: type[nn.Module], kind: str) -> type[nn.Module]:
                 return base.forward(self, *args, **kwargs)
             read = read_argument.get(args, kwargs)
             if kind == "layer":
-                assert isinstance(self.replacement, SolvedLayer)
-                return self.replacement(read)
+                assert isinstance(self.replacement, LayerChange)
+                return self.replacement(read, functools.partial(base.forward, self))
             if position == "control":
                 output = base.forward(self, *args, **kwargs)
                 if self.replacement is None or next(self.replacement.parameters(), None) is None:
@@ -185,7 +184,7 @@ def check_plan(model: PreTrainedModel, plan: PruningPlan) -> None:
     for removal in plan.removals:
         with torch.device("meta"):
             build_replacement(removal.replacement, anatomy.hidden_size, removal.options)
-    layers(anatomy, plan)
+    check_layers(anatomy, plan)
 
 
 def install_slots(model: PreTrainedModel, plan: PruningPlan) -> None:
@@ -205,8 +204,8 @@ def install_slots(model: PreTrainedModel, plan: PruningPlan) -> None:
         for site in removal.sites:
             name = removal.replacement if site == removal.sites[0] else "none"
             make_slots(anatomy, site, build_replacement(name, anatomy.hidden_size, removal.options))
-    for layer in layers(anatomy, plan).values():
-        _make_slot(layer, "layer", 0, SolvedLayer(*_weights(layer)))
+    for layer, change in layer_changes(anatomy, plan):
+        _make_slot(layer, "layer", 0, change)
     guard_saving(model, False)
 
 
@@ -238,12 +237,7 @@ def make_slots(anatomy: Anatomy, site: Site, replacement: Replacement | None) ->
         _make_slot(module, "follower", cache, None)
 
 
-def _weights(layer: Any) -> tuple[Tensor, Tensor | None]:
-    """A linear layer's weight ``(Q, P)`` and bias ``(Q,)``; gpt2 holds the weight the other way round."""
-    return (layer.weight.T if isinstance(layer, Conv1D) else layer.weight), layer.bias
-
-
-def _make_slot(module: nn.Module, kind: str, cache_index: int, replacement: Replacement | SolvedLayer | None) -> None:
+def _make_slot(module: nn.Module, kind: str, cache_index: int, replacement: Replacement | LayerChange | None) -> None:
     device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
     hook = getattr(module, "_hf_hook", None)
     if hook is not None:  # accelerate's hook hides the class's forward: put it back over the slot's
@@ -271,14 +265,15 @@ def remove_slots(model: PreTrainedModel) -> None:
     guard_saving(model, record is None or PruningPlan.from_dict(record["plan"]).is_plain)
 
 
-def keep_solved_layers(model: PreTrainedModel) -> None:
-    """Put the weights of every layer that was refit in the place of its own, for good: it is a plain layer again."""
+def keep_changed_layers(model: PreTrainedModel) -> None:
+    """Change the weights of every layer that was refit or healed for good: it is a plain layer again."""
     for slot in open_slots(model).values():
         if slot.kind == "layer":
-            assert isinstance(slot.replacement, SolvedLayer)
-            for own, solved in zip(_weights(slot), _weights(slot.replacement), strict=True):
-                if own is not None and solved is not None:
-                    assign(own.data, solved.data)
+            assert isinstance(slot.replacement, LayerChange)
+            own = weights_of(slot)
+            for old, new in zip(own, slot.replacement.changed(*own), strict=True):
+                if old is not None and new is not None:
+                    assign(old.data, new)
             _close(slot)
 
 

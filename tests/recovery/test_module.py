@@ -115,9 +115,11 @@ def test_adapters_start_exactly_as_the_emulated_update(workshop: Workshop) -> No
     assert brute_force.difference(started, brute_force.plain_logits(original, batch)) > 1e-2
 
 
-@pytest.mark.parametrize("replacement", ["low_rank_adapter", "linear", "refit", "additive_bias", "scaled_update"])
+@pytest.mark.parametrize(
+    "replacement", ["low_rank_adapter", "linear", "refit", "additive_bias", "scaled_update", "healing"]
+)
 def test_every_rung_starts_from_its_closed_form_and_trains(workshop: Workshop, replacement: str) -> None:
-    options = {"rank": 4} if replacement == "low_rank_adapter" else {}
+    options = {"rank": 4} if replacement in ("low_rank_adapter", "healing") else {}
     module, text = recovery(workshop, replacement=replacement, options=options, fitting=Fitting()), texts(workshop)
     module.configure_model()
     trainer().validate(module, text, verbose=False)

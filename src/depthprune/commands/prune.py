@@ -18,6 +18,7 @@ from depthprune.loading import PLAN_FILE, load, save
 from depthprune.progress import tracked
 from depthprune.pruning import prune as prune_model
 from depthprune.recovery.checkpoints import read_checkpoint
+from depthprune.recovery.closed_form import check_closed_form
 from depthprune.recovery.fitting import Fitting
 from depthprune.removal import remove_for_good
 from depthprune.sites import PruningPlan
@@ -63,8 +64,8 @@ def prune(
         carry_blocks: take the influence of blocks for the attentions or MLPs inside them, as the paper does.
         sites: site names, such as [block.12, attention.3].
         plan: a plan's JSON file.
-        replacement: none (if not given), emulated_update, low_rank_adapter, linear; a plan and a checkpoint have their
-            own.
+        replacement: none (if not given), emulated_update, low_rank_adapter, linear and others of `depthprune list`; a
+            plan and a checkpoint have their own.
         options: the replacement's options, such as {rank: 16}.
         checkpoint: a checkpoint of `depthprune fit`: its plan and its trained replacements.
         plan_only: write only plan.json.
@@ -112,6 +113,8 @@ def prune(
     if not chosen.sites:
         raise ValueError("The plan removes nothing: name at least one site, such as block.12.")
     check_plan(causal_lm, chosen)
+    if trained is None and not plan_only:
+        check_closed_form(chosen)
     if trained is not None:
         weights = trained["depthprune"].get("base_weights")
         if weights and weights != unpruned_fingerprint(causal_lm).weights:

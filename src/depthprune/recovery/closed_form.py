@@ -27,9 +27,22 @@ def sites_to_measure(model: PreTrainedModel, plan: PruningPlan, fitting: Fitting
     anatomy = Anatomy.of(model)
     needed: set[Site] = set()
     for removal in plan.removals:
-        if removal.replacement != "none" and not _will_be_fitted(removal, fitting):
+        if not removal.is_bare and not _will_be_fitted(removal, fitting):
             needed.update(_source_sites(anatomy, plan, removal))
     return tuple(sorted(needed))
+
+
+def check_closed_form(plan: PruningPlan) -> None:
+    """Refuse a plan that means nothing without training.
+
+    Raises:
+        ValueError: it has a healing.
+    """
+    if any(removal.replacement == "healing" for removal in plan.removals):
+        raise ValueError(
+            "Healing has no closed form, so there is nothing to fit here: train it with `depthprune fit`, and give its "
+            "checkpoint to `depthprune prune`."
+        )
 
 
 def calibrate(

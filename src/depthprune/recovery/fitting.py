@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from depthprune.anatomy import Anatomy
 from depthprune.covariances import Covariances, PairedMoments
 from depthprune.head import Batch, evaluating
+from depthprune.kept_layers import SolvedLayer
 from depthprune.moments import MeanUpdates, Observation, Vectors, massive, reads_kept
 from depthprune.names import unknown_name
 from depthprune.recovery.carried import CarriedBatch, carry, hooked, through
@@ -28,7 +29,7 @@ from depthprune.recovery.segments import (
     unpruned_streams,
 )
 from depthprune.refit import Writer, writers
-from depthprune.replacements import Replacement, SolvedLayer, is_fitted
+from depthprune.replacements import Replacement, is_fitted
 from depthprune.shards import add, whole
 from depthprune.sites import PruningPlan, Removal, Site
 from depthprune.surgery import Slot, site_slots

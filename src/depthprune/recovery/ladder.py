@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 
 from depthprune.data.module import TextDataModule
 from depthprune.names import unknown_name
-from depthprune.recovery.closed_form import calibrate, calibrate_on
+from depthprune.recovery.closed_form import calibrate, calibrate_on, check_closed_form
 from depthprune.recovery.fitting import Fitting
 from depthprune.recovery.training import Training, module_of, train
 from depthprune.replacements import REPLACEMENTS, build_replacement
 from depthprune.sites import PruningPlan, Site
-from depthprune.surgery import install_slots, remove_slots, replacement_parameters
+from depthprune.surgery import install_slots, remove_slots, site_slots
 
 SETTINGS = ("share_runs",)  # of a rung itself that can be swept
 
@@ -63,9 +63,12 @@ class Rung:
         Raises:
             ValueError: no such replacement or option, or training of what has no parameters.
         """
+        if not self.training:
+            check_closed_form(PruningPlan.of("block.0", replacement=self.replacement, **self.options))
         with torch.device("meta"):
             made = build_replacement(self.replacement, hidden_size, self.options)
-        if self.training and self.replacement != "refit" and (made is None or not list(made.parameters())):
+        in_kept_layers = self.replacement in ("refit", "healing")
+        if self.training and not in_kept_layers and (made is None or not list(made.parameters())):
             raise ValueError(f"The replacement {self.replacement} has nothing to train: use low_rank_adapter.")
         if self.tune and not self.training:
             raise ValueError("tune chooses settings of a training: give the rung a training too, or sweep them.")
@@ -148,7 +151,7 @@ def climbed(
         control: train the same parameters on the unpruned model, as long.
 
     Yields:
-        ``seconds`` it took, ``parameters`` that stand in the removed sites (those of refit layers are the model's own),
+        ``seconds`` it took, ``parameters`` that stand in the removed sites (those of kept layers are the model's own),
         and, of a training, what :func:`~depthprune.recovery.training.train` says.
     """
     start = time.monotonic()
@@ -169,8 +172,8 @@ def climbed(
                 module.is_calibrated = True
             logger = TensorBoardLogger(folder, name="tensorboard", version=name, default_hp_metric=False)
             about = train(module, data, rung.training, folder / "training" / name, logger)
-        is_refit = any(removal.replacement == "refit" for removal in plan.removals)
-        parameters = 0 if is_refit else sum(parameter.numel() for parameter in replacement_parameters(model))
+        standing = (slot.replacement for slot in site_slots(model, plan).values() if slot.replacement is not None)
+        parameters = sum(parameter.numel() for replacement in standing for parameter in replacement.parameters())
         yield {**about, "parameters": parameters, "seconds": time.monotonic() - start}
     finally:
         remove_slots(model)

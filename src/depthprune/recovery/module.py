@@ -184,6 +184,9 @@ class RecoveryModule(ReplacementCheckpoints):
         if self.is_calibrated:
             return
         datamodule = self.text_data()
+        if all(removal.replacement in ("none", "healing") for removal in self.plan.removals):
+            self.is_calibrated = True
+            return
         self.print(f"Calibrating the replacements of {len(self.plan.sites)} sites.")
         texts = datamodule.calibration_dataloader(), datamodule.tune_dataloader()
         calibrate_on(self.causal_lm, self.plan, *texts, None if self.hparams["control"] else self.fitting)

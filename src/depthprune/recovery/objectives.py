@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from depthprune.anatomy import Anatomy
+from depthprune.healing import healed_sites
 from depthprune.names import unknown_name
 from depthprune.refit import writers
 from depthprune.sites import PruningPlan, Site
@@ -51,7 +52,8 @@ class Matching:
 
     Attributes:
         at: removals (after each removed site or run), next_kept (after the next block of which something is kept behind
-            it) or last (after the last block); with the first two also after each refit layer behind a cut.
+            it) or last (after the last block); with the first two also after each refit layer and each healed block
+            behind a cut.
     """
 
     at: str = "removals"
@@ -175,8 +177,9 @@ def matched_sites(anatomy: Anatomy, plan: PruningPlan, matching: Matching) -> tu
         return (last,)
     removed = {removal.sites[-1] for removal in plan.removals}
     refit = {writer.site for writer in writers(anatomy, plan) if writer.target == writer.site}  # behind a cut
+    healed = {Site(site.index, "block") for site in healed_sites(anatomy, plan) if site > min(removed)}
     after = removed if matching.at == "removals" else {_next_kept(anatomy, plan, site) for site in removed}
-    found = {_end(site) for site in after | refit}
+    found = {_end(site) for site in after | refit | healed}
     return tuple(sorted(found, key=lambda site: (site.index, site.kind == "block")))
 
 

@@ -36,6 +36,7 @@ VARIANT_LABELS = {
     "additive_bias": "trained bias",
     "low_rank_adapter": "trained adapter",
     "linear": "trained linear map",
+    "healing": "healing by LoRA",
 }
 
 
