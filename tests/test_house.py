@@ -27,7 +27,7 @@ LAYERS = [
         "covariances",
     },
     {"recovery.regression", "sites", "replacements", "embedded", "recovery.checkpoints"},
-    {"families", "data.text", "data.questions"},
+    {"families", "data.text", "data.questions", "recovery.cosine"},
     {"anatomy"},
     {"refit"},
     {"surgery", "head", "data.packing", "data.origins", "data.opening", "devices"},
