@@ -14,7 +14,7 @@ HOME = Path(__file__).parents[1]
 CONFIGS = sorted((HOME / "configs").rglob("*.yaml"))
 BY_ROOM = {
     command: [path for path in CONFIGS if path.parent.name == command]
-    for command in ("study", "influence", "curve", "prune", "ablate")
+    for command in ("study", "influence", "curve", "prune", "ablate", "generate")
 }
 FITS = [path for path in CONFIGS if path.parent.name == "fit"]
 

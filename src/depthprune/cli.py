@@ -27,6 +27,7 @@ COMMANDS = {
     "prune": ("depthprune.commands.prune:prune", "make a plan from influence or site names, and the pruned model"),
     "curve": ("depthprune.commands.curve:curve", "held-out loss by how many sites go, for every metric of a table"),
     "ablate": ("depthprune.commands.ablate:ablate", "recover the same sites in several ways, on disjoint samples"),
+    "generate": ("depthprune.commands.generate:generate", "write a model's own continuations, to train on"),
     "compare": ("depthprune.commands.compare:compare", "how far influence tables agree: compare a.json b.json"),
     "list": ("depthprune.commands.catalogue:catalogue", "list everything that has a name: models, texts, metrics, ..."),
     "fetch": ("depthprune.commands.fetch:fetch", "fetch embedded models and texts now"),

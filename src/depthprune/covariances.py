@@ -42,6 +42,10 @@ class Covariances:
         pairs = (self.xx, dx, dx), (self.xy, dx, dy), (self.yy, dy, dy)
         return Covariances(self.tokens, x, y, *(own + torch.outer(one, other) for own, one, other in pairs))
 
+    def about_zero(self) -> Covariances:
+        """The plain second moments, for maps without a constant."""
+        return self.about(torch.zeros_like(self.x), torch.zeros_like(self.y))
+
 
 class PairedMoments(Metric):
     """Sums over tokens from which :class:`Covariances` follow, fp64, pooled over processes.

@@ -23,11 +23,13 @@ class Writer:
         site: the attention or MLP.
         target: the pruned stream after this site is to be that of the unpruned model after it.
         through: see :class:`~depthprune.replacements.Refit`.
+        distance: see there.
     """
 
     site: Site
     target: Site
     through: str = "inputs"
+    distance: str = "squared"
 
 
 def writers(anatomy: Anatomy, plan: PruningPlan) -> tuple[Writer, ...]:
@@ -60,8 +62,9 @@ def writers(anatomy: Anatomy, plan: PruningPlan) -> tuple[Writer, ...]:
                 raise ValueError(
                     f"Next to {order[place]} nothing is kept that could be refit: keep a site beside it, or use linear."
                 )
-            found |= {site: Writer(site, order[end - 1], options.through) for site in before[: options.before]}
-            kept_after += [Writer(site, site, options.through) for site in after[: options.after]]
+            how = options.through, options.distance
+            found |= {site: Writer(site, order[end - 1], *how) for site in before[: options.before]}
+            kept_after += [Writer(site, site, *how) for site in after[: options.after]]
         place = end
     for writer in kept_after:
         found.setdefault(writer.site, writer)

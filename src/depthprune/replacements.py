@@ -18,6 +18,7 @@ from depthprune.names import unknown_name
 from depthprune.shards import assign, whole
 
 LARGEST = 1e6  # of any option
+DISTANCES = ("squared", "cosine")
 SOURCES = ("own", "sequential", "next_kept", "mean_later")
 
 
@@ -122,10 +123,21 @@ class Refit(Replacement):
         after: how many after the cut: each towards the stream after itself.
         through: ``"inputs"``: a layer's weights change by any map of what it gets; ``"outputs"``: only by a map of what
             it writes, as in ReplaceMe (arXiv 2505.02819).
+        distance: what is least between the stream and its target: ``"squared"``, their mean squared distance, or
+            ``"cosine"``, their mean cosine distance (see :mod:`depthprune.recovery.cosine`).
     """
 
-    def __init__(self, hidden_size: int, before: int = 1, after: int = 4, through: str = "inputs") -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        before: int = 1,
+        after: int = 4,
+        through: str = "inputs",
+        distance: str = "squared",
+    ) -> None:
         super().__init__(hidden_size)
+        if distance not in DISTANCES:
+            raise unknown_name("distance of a refit", distance, DISTANCES)
         if through not in ("inputs", "outputs"):
             raise unknown_name("way through which a layer is refit", through, ("inputs", "outputs"))
         if before < 0 or after < 0 or before + after == 0:
@@ -133,6 +145,7 @@ class Refit(Replacement):
         self.before = before
         self.after = after
         self.through = through
+        self.distance = distance
 
 
 class Healing(Replacement):

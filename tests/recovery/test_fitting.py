@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -136,6 +137,47 @@ def test_a_run_of_blocks_has_one_map() -> None:
     assert found.strength == STRENGTH
 
 
+@pytest.mark.parametrize("layout", ["run", "apart"])
+def test_plain_least_squares_on_the_stream(layout: str) -> None:
+    """Ghosted Layers (arXiv 2605.15491): the stream after the cut by a linear map of the stream before it."""
+    model = tiny_model()
+    if layout == "run":
+        sites = (Site(1, "block"), Site(2, "block"), Site(3, "block"))
+        plan, ends = PruningPlan((Removal(sites, "linear"),)), {"block.1": "block.3"}
+    else:  # each in the unpruned model
+        plan, ends = (
+            PruningPlan.of("block.1", "block.3", replacement="linear"),
+            {"block.1": "block.1", "block.3": "block.3"},
+        )
+    install_slots(model, plan)
+    calibrate_on(model, plan, text(), HELD_OUT, Fitting("independent", ridge="none", intercept=False))
+    unpruned = tiny_model()
+    for first, last in ends.items():
+        before, after = stream(unpruned, first, 0, text()), stream(unpruned, last, 1, text())
+        wanted = np.linalg.lstsq(before.double().numpy(), after.double().numpy())[0]
+        replacement = site_slots(model, plan)[Site.parse(first)].replacement
+        assert isinstance(replacement, Linear)
+        read = torch.randn(3, 4, WIDTH, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(
+            (read + replacement(read)).detach().double(), read.double() @ torch.from_numpy(wanted), rtol=2e-3, atol=1e-3
+        )
+        assert not replacement(torch.zeros(1, 1, WIDTH)).any()
+        torch.testing.assert_close(replacement.mean, (after - before).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_constant_is_not_taken_for_an_intercept() -> None:
+    found = []
+    for fitting in (Fitting(), Fitting(intercept=False, ridge="none")):
+        model, plan = tiny_model(), PruningPlan.of("block.3", replacement="emulated_update", source="sequential")
+        install_slots(model, plan)
+        calibrate_on(model, plan, text(), HELD_OUT, fitting)
+        replacement = site_slots(model, plan)[Site(3, "block")].replacement
+        assert isinstance(replacement, Replacement)
+        found.append(replacement.mean)
+    assert found[0].any()
+    assert torch.equal(found[0], found[1])
+
+
 @pytest.mark.parametrize("rank", [1, 5, WIDTH])
 @pytest.mark.parametrize("alpha", [None, 3.0, -2.0])
 def test_adapters_start_at_their_rank(rank: int, alpha: float | None) -> None:
@@ -212,3 +254,5 @@ def test_text_that_cannot_be_split() -> None:
         pass
     with pytest.raises(ValueError, match="order of fitting 'backwards'"):
         Fitting("backwards")
+    with pytest.raises(ValueError, match="ridge of fitting 'little'"):
+        Fitting(ridge="little")

@@ -9,7 +9,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from depthprune.covariances import Covariances, PairedMoments
-from depthprune.recovery.regression import RidgePath, best_map
+from depthprune.recovery.regression import NO_RIDGE, RidgePath, best_map
 
 INPUTS, TARGETS, TOKENS = 7, 5, 400
 STRENGTH = 0.01
@@ -126,3 +126,17 @@ def test_inputs_that_do_not_vary_and_one_token() -> None:
         found = best_map(fit, moments(inputs, targets))
         assert torch.isfinite(found.weight).all()
         torch.testing.assert_close(found.y, fit.y)
+
+
+@pytest.mark.parametrize("is_singular", [False, True])
+def test_without_a_ridge_the_smallest_of_the_best_maps_is_found(is_singular: bool) -> None:
+    inputs, targets = text(1)
+    if is_singular:
+        inputs[:, 3] = inputs[:, 1] - 2 * inputs[:, 2]
+    plain = moments(inputs, targets).about_zero()
+    wanted = np.linalg.lstsq(inputs.numpy(), targets.numpy())[0].T  # of the smallest norm
+    found = best_map(plain, plain, strengths=NO_RIDGE)
+    np.testing.assert_allclose(found.weight, wanted, rtol=1e-6, atol=1e-8)
+    assert not found.y.any()
+    left = np.square(targets.numpy() - inputs.numpy() @ wanted.T).sum()
+    assert found.error == pytest.approx(left / float(targets.square().sum()), rel=1e-6)

@@ -3,11 +3,13 @@
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
 from depthprune.data.batches import Batches
+from depthprune.data.chat import ChatFormat
 from depthprune.data.opening import open_text
 from depthprune.data.origins import document_origins
 from depthprune.data.packing import PackingSpec, pack
@@ -105,6 +107,7 @@ class TextDataModule(LightningDataModule):
         self.seed = seed
         self.revision = revision
         self._spec: PackingSpec | None = None
+        self._chat: ChatFormat | None = None
         self._texts: dict[str, Text] = {}  # by domain
         self._sets: dict[tuple[str, str, int], Batches] = {}  # by domain, role and number of sequences
 
@@ -119,7 +122,10 @@ class TextDataModule(LightningDataModule):
             ValueError: one of them is not there or cannot be used.
         """
         if self._spec is None:
-            self._spec = PackingSpec.of(load_tokenizer(self.tokenizer, self.revision))
+            tokenizer = load_tokenizer(self.tokenizer, self.revision)
+            self._spec = PackingSpec.of(tokenizer)
+            if any(source.chat for source in self.domains.values()):
+                self._chat = ChatFormat.of(tokenizer)
         for name, source in self.domains.items():
             if name not in self._texts:
                 self._texts[name] = open_text(source)
@@ -130,7 +136,7 @@ class TextDataModule(LightningDataModule):
         stream = PackedStream(
             self._texts[self.text.title],
             "fit",
-            self.spec,
+            self._spec_of(self.text),
             self.sequence_length,
             self.sequences,
             batch_size=self.batch_size,
@@ -173,10 +179,13 @@ class TextDataModule(LightningDataModule):
 
     @property
     def spec(self) -> PackingSpec:
-        """How the model wants its text."""
+        """How the model wants its plain text."""
         self.setup()
         assert self._spec is not None
         return self._spec
+
+    def _spec_of(self, source: TextSource) -> PackingSpec:
+        return replace(self.spec, chat=self._chat) if source.chat else self.spec
 
     def _evaluation(self, role: str, limit: int) -> dict[str, Batches]:
         return {name: self._batches(name, role, limit) for name in self.domains}
@@ -185,7 +194,7 @@ class TextDataModule(LightningDataModule):
         """The first sequences of a role, packed once."""
         key = domain, role, limit
         if key not in self._sets:
-            spec = self.spec
+            spec = self._spec_of(self.domains[domain])
             documents = role_documents(self._texts[domain], role, self.shares)
             what = f"The text {self.domains[domain].path} (role {role})"
             restarts = self.restart_positions

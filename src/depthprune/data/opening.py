@@ -122,6 +122,7 @@ def _locate(source: TextSource) -> tuple[TextSource, dict[str, Any]]:
         raise ValueError("The text has no path: name an embedded text, a data set `owner/name`, a file or a folder.")
     if source.path in embedded.TEXTS:
         _refuse_ignored(source, "is embedded and has its own", "name", "revision", "split", "files", "column")
+        _refuse_ignored(source, "is embedded and holds no conversations", "chat", "prompt_column")
         file = embedded.text_file(source.path)
         known = replace(source, column="text", group_column="group")
         return known, {"path": "json", "data_files": {known.split: glob.escape(str(file))}}

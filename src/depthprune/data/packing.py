@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from depthprune.data.chat import ChatFormat
 from depthprune.data.text import Document
 
 END_OF_TEXT = "<|endoftext|>"
@@ -25,11 +26,13 @@ class PackingSpec:
             are plain text to it, so that no document can forge the end of another.
         end_of_text: the token that closes every document.
         bos: the token with which every sequence starts, or None where the model expects none.
+        chat: how documents are formatted that are conversations; None where they are plain text.
     """
 
     tokenizer: Tokenizer
     end_of_text: int
     bos: int | None
+    chat: ChatFormat | None = None
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "PackingSpec":
@@ -60,18 +63,36 @@ class PackingSpec:
     def encode(self, text: str) -> tuple[list[int], list[int]]:
         """A document's tokens with the end-of-text token, and how many UTF-8 bytes of the text each stands for.
 
-        The bytes of a document sum to those of its text. Where several tokens share one character, the first has it.
+        The bytes of a document sum to those of its text; of a conversation, to those of the formatted text without its
+        special tokens. Where several tokens share one character, the first has it.
         """
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        if not encoding.ids:
-            return [self.end_of_text], [0]
-        codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-        sizes = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)  # UTF-8, per character
-        bytes_before = np.concatenate([[0], np.cumsum(sizes)])
-        ends = np.maximum.accumulate(np.array([end for _, end in encoding.offsets]))
-        ends[-1] = len(codes)  # white space that the tokenizer drops counts too
-        counts = np.diff(bytes_before[ends], prepend=0)
-        return [*encoding.ids, self.end_of_text], [*counts.tolist(), 0]
+        if self.chat is None:
+            ids, sizes = _encode(self.tokenizer, text)
+            return [*ids, self.end_of_text], [*sizes, 0]
+        ids, sizes = [], []
+        special = set(self.chat.special.values())
+        for piece, is_formatting in self.chat.pieces(text):
+            new, counts = _encode(self.chat.backend if is_formatting else self.tokenizer, piece)
+            ids += new
+            sizes += [0 if token in special else count for token, count in zip(new, counts, strict=True)]
+        if self.bos is not None and ids[:1] == [self.bos]:  # the packer puts one wherever it belongs
+            ids, sizes = ids[1:], sizes[1:]
+        if ids[-1:] == [self.end_of_text]:
+            ids, sizes = ids[:-1], sizes[:-1]
+        return [*ids, self.end_of_text], [*sizes, 0]
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
+    """A text's tokens, and how many of its UTF-8 bytes each stands for."""
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    if not encoding.ids:
+        return [], []
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    sizes = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)  # UTF-8, per character
+    bytes_before = np.concatenate([[0], np.cumsum(sizes)])
+    ends = np.maximum.accumulate(np.array([end for _, end in encoding.offsets]))
+    ends[-1] = len(codes)  # white space that the tokenizer drops counts too
+    return encoding.ids, np.diff(bytes_before[ends], prepend=0).tolist()
 
 
 class Packer:

@@ -17,6 +17,7 @@ import pyarrow as pa
 from datasets import IterableDataset
 from torch.utils.data import get_worker_info
 
+from depthprune.data.chat import contents, conversation
 from depthprune.data.roles import ROLES, RoleShares, digest, role_of, sample_of
 from depthprune.names import slug, unknown_name
 
@@ -39,7 +40,9 @@ class TextSource:
         revision: branch, tag or commit on the hub; ``refs/convert/parquet`` where the data set is a loading script.
         split: which split to read; the four roles are cut out of it.
         files: glob patterns of the files to read, relative to the folder or to the data set on the hub.
-        column: where the text is (embedded texts know theirs).
+        column: where the text is (embedded texts know theirs); of conversations, the list of their messages.
+        chat: whether the rows are conversations, to be formatted by the model's chat template.
+        prompt_column: what the user says, where a conversation is one exchange and ``column`` holds the answer.
         group_column: documents with the same value here have the same role (embedded texts know theirs). Without it
             only documents with the same words do.
         bad_rows: what is done with a row whose text is missing or no text, and with the rest of a file that cannot be
@@ -54,6 +57,8 @@ class TextSource:
     split: str = "train"
     files: str | list[str] | None = None
     column: str = "text"
+    chat: bool = False
+    prompt_column: str | None = None
     group_column: str | None = None
     bad_rows: str = "error"
     sample: int = 0
@@ -65,6 +70,8 @@ class TextSource:
                 f"There is no sample {self.sample} of {self.samples}: number them from 0 to samples - 1, and make "
                 "samples 1 or more."
             )
+        if self.prompt_column is not None and not self.chat:
+            raise ValueError(f"The text {self.path} has a prompt_column: set chat to true, or leave it out.")
 
     @property
     def title(self) -> str:
@@ -89,7 +96,10 @@ class Origin:
 
 @dataclass(frozen=True)
 class Document:
-    """One document. Documents of one ``group`` have the same role."""
+    """One document; of a conversation, ``text`` is a line of JSON (see :mod:`depthprune.data.chat`).
+
+    Documents of one ``group`` have the same role.
+    """
 
     text: str
     group: str
@@ -120,6 +130,8 @@ class Text:
         sizes = [Path(file).stat().st_size if Path(file).is_file() else "" for file in self.files]
         files = [f"{PurePosixPath(file).name} {size}" for file, size in zip(self.files, sizes, strict=True)]
         parts = [source.split, source.column, str(source.group_column), *files]
+        if source.chat:
+            parts.append(f"chat {source.prompt_column}")
         if source.samples > 1:
             parts.append(f"{source.sample}/{source.samples}")
         return digest("\n".join(parts)).hex()
@@ -152,32 +164,37 @@ class Text:
             if rows:
                 self._check_columns(table.column_names)
                 part = table.slice(rows.start - first)
-                texts = self._strings(part.column(self.source.column), file, rows.start)
+                texts = self._texts(part, file, rows.start)
                 column = self.source.group_column
                 groups = [None] * len(rows) if column is None else part.column(column).to_pylist()
                 for row, text, group in zip(rows, texts, groups, strict=True):
                     if text is not None and text.strip():
-                        name = _text_group(text) if group is None else str(group)
+                        said = " ".join(contents(text)) if self.source.chat else text
+                        name = _text_group(said) if group is None else str(group)
                         yield Document(text, name, Origin(file, index, row))
             first += table.num_rows
         if skipped := self.skipped.get(file):
             tell(f"Left out {skipped} rows of {file}, which hold no text.")
 
-    def _strings(self, column: pa.ChunkedArray, file: str, row: int) -> list[str | None]:
-        """A column as strings, None for rows that are left out; ``row`` is the first one's place in the file."""
-        values = _plain_values(column)
-        for offset, value in enumerate(values):
-            if not isinstance(value, str):
-                if self.source.bad_rows == "skip":
-                    values[offset] = None
-                    self.skipped[file] = (self.skipped.get(file) or 0) + 1
-                    continue
-                what = "is not UTF-8" if isinstance(value, bytes) else f"is {type(value).__name__}, not a string"
-                raise ValueError(
-                    f"The text of {file}, row {row + offset} (counted from 0) {what}: repair the row, name another "
-                    "column, or set bad_rows to skip."
-                )
-        return values
+    def _texts(self, table: pa.Table, file: str, row: int) -> list[str | None]:
+        """The texts of some rows, None for those that are left out; ``row`` is the first one's place in the file."""
+        values = _plain_values(table.column(self.source.column))
+        prompts = [None] * len(values)
+        if self.source.prompt_column is not None:
+            prompts = _plain_values(table.column(self.source.prompt_column))
+        texts: list[str | None] = []
+        for offset, (value, prompt) in enumerate(zip(values, prompts, strict=True)):
+            try:
+                texts.append(conversation(value, prompt) if self.source.chat else _string(value))
+            except ValueError as error:
+                if self.source.bad_rows != "skip":
+                    raise ValueError(
+                        f"The text of {file}, row {row + offset} (counted from 0) {error}: repair the row, name "
+                        "another column, or set bad_rows to skip."
+                    ) from error
+                texts.append(None)
+                self.skipped[file] = (self.skipped.get(file) or 0) + 1
+        return texts
 
     def _next_table(self, tables: Iterator[pa.Table], file: str, row: int) -> pa.Table | None:
         try:
@@ -193,7 +210,7 @@ class Text:
             ) from error
 
     def _check_columns(self, present: list[str]) -> None:
-        for column in (self.source.column, self.source.group_column):
+        for column in (self.source.column, self.source.prompt_column, self.source.group_column):
             if column is not None and column not in present:
                 raise unknown_name(f"column of the text {self.source.path}", column, present)
 
@@ -228,9 +245,31 @@ def _plain_values(column: pa.ChunkedArray) -> list[Any]:
         values = column.to_pylist()
     except UnicodeDecodeError:
         values = [_decoded(value) for value in column]
-    if isinstance(column.type, pa.JsonType):  # how `datasets` reads a column that mixes strings with other things
-        values = [None if value is None else loads(value) for value in values]
-    return values
+    return [_from_json(value, column.type) for value in values]
+
+
+def _from_json(value: Any, kind: pa.DataType) -> Any:
+    """A value in which parts are JSON: that is how `datasets` reads what has not the same form in all rows."""
+    if value is None:
+        return None
+    if isinstance(kind, pa.JsonType):
+        return loads(value)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return [_from_json(part, kind.value_type) for part in value]
+    if pa.types.is_struct(kind):
+        return {field.name: _from_json(value[field.name], field.type) for field in kind}
+    return value
+
+
+def _string(value: Any) -> str:
+    """A row's text.
+
+    Raises:
+        ValueError: it is no string; the message is to be put behind the name of the row.
+    """
+    if isinstance(value, str):
+        return value
+    raise ValueError("is not UTF-8" if isinstance(value, bytes) else f"is {type(value).__name__}, not a string")
 
 
 def tell(message: str) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,7 +17,8 @@ from depthprune.kept_layers import SolvedLayer
 from depthprune.moments import MeanUpdates, Observation, Vectors, massive, reads_kept
 from depthprune.names import unknown_name
 from depthprune.recovery.carried import CarriedBatch, carry, hooked, through
-from depthprune.recovery.regression import STRENGTHS, AffineMap, best_map
+from depthprune.recovery.cosine import Tokens, cosine_map
+from depthprune.recovery.regression import NO_RIDGE, STRENGTHS, AffineMap, best_map
 from depthprune.recovery.segments import (
     Segment,
     Streams,
@@ -35,6 +35,7 @@ from depthprune.sites import PruningPlan, Removal, Site
 from depthprune.surgery import Slot, site_slots
 
 ORDERS = ("sequential", "independent")
+RIDGES = ("held_out", "none")
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,28 @@ class Fitting:
             stream at that depth) or independent (each towards its own site's update in the unpruned stream).
         leave_out_massive: leave out tokens whose stream norm, before or after the site, is over 10 times the median of
             the batch. A map that never saw them ruins them, and with them the attention of all others.
+        ridge: held_out (the one with the lowest error on held-out text) or none (of the maps that fit best, the one
+            with the smallest norm).
+        intercept: whether maps have a constant beside the linear part. Ghosted Layers (arXiv 2605.15491) are linear
+            maps of the stream before a run of blocks to what the run adds to it, without ridge (but for 1e-6 on the
+            sums over tokens, against rounding) and without intercept.
     """
 
     order: str = "sequential"
     leave_out_massive: bool = False
+    ridge: str = "held_out"
+    intercept: bool = True
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
             raise unknown_name("order of fitting", self.order, ORDERS)
+        if self.ridge not in RIDGES:
+            raise unknown_name("ridge of fitting", self.ridge, RIDGES)
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """The ridges to choose from."""
+        return STRENGTHS if self.ridge == "held_out" else NO_RIDGE
 
 
 def fit_maps(
@@ -96,7 +111,9 @@ def fit_maps(
                 replacement = slots[_site(item)].replacement
                 assert isinstance(replacement, Replacement)
                 fit, tune = (_moments(anatomy, segment, item, part, fitting) for part in parts)
-                solved = best_map(fit, tune, replacement.solved_rank, STRENGTHS)
+                if not fitting.intercept and replacement.solved_rank != 0:  # one of rank 0 is a constant alone
+                    fit, tune = fit.about_zero(), tune.about_zero()
+                solved = best_map(fit, tune, replacement.solved_rank, fitting.strengths)
                 replacement.calibrate(_mean_update(anatomy, item, parts[0]))
                 replacement.start_from(solved.x, solved.y, solved.up, solved.down)
                 found[_site(item)] = solved
@@ -126,7 +143,7 @@ def _refit(
     parts: Sequence[Sequence[tuple[CarriedBatch, Streams]]],
     fitting: Fitting,
 ) -> AffineMap:
-    """Solve an output layer: its old weights plus the ridge map from its inputs to what the stream at its target lacks.
+    """Solve an output layer: its old weights plus the map from its inputs to what the stream at its target lacks.
 
     A layer without a bias gets a map without a constant, so that the checkpoint stays plain.
     """
@@ -136,30 +153,33 @@ def _refit(
     solved_layer = layer.replacement
     old = whole(solved_layer.weight)  # (Q, P)
     outputs = writer.through == "outputs"
-    moments = []
+    has_constant = solved_layer.bias is not None and fitting.intercept
+    moments, held = [], []
     for part in parts:
         summed = PairedMoments(old.shape[0 if outputs else 1], anatomy.hidden_size)
+        held.append(list[Tokens]())
         for batch, streams in part:
-            inputs, lack = _inputs_and_lack(anatomy, segment, writer, batch, streams)
-            counts = _counted(writer.site, batch, streams, fitting).to(lack.device)
-            rows = inputs[counts].float()
-            summed.to(lack.device).update(rows @ old.T if outputs else rows, lack[counts])
-        covariances = summed.covariances()
-        if solved_layer.bias is None:
-            covariances = covariances.about(torch.zeros_like(covariances.x), torch.zeros_like(covariances.y))
-        moments.append(covariances)
+            tokens = _tokens(anatomy, segment, writer, batch, streams, fitting)
+            if outputs:
+                tokens = replace(tokens, inputs=tokens.inputs @ old.T)
+            summed.to(old.device).update(tokens.inputs, tokens.wanted - tokens.stream)
+            if writer.distance == "cosine":
+                held[-1].append(tokens)
+        moments.append(summed.covariances() if has_constant else summed.covariances().about_zero())
     fit, tune = moments
-    solved = best_map(fit, tune, strengths=STRENGTHS)
+    solved = best_map(fit, tune, strengths=fitting.strengths)
+    if writer.distance == "cosine":
+        solved = cosine_map(held[0], held[1], solved, has_constant)
     add(solved_layer.weight, solved.weight @ old.to(solved.weight) if outputs else solved.weight)
     if solved_layer.bias is not None:
         add(solved_layer.bias, solved.y - solved.weight @ solved.x)
     return solved
 
 
-def _inputs_and_lack(
-    anatomy: Anatomy, segment: Segment, writer: Writer, batch: CarriedBatch, streams: Streams
-) -> tuple[Tensor, Tensor]:
-    """What an output layer gets, ``(B, T, P)``, and what the pruned stream lacks at its target, ``(B, T, D)`` fp32."""
+def _tokens(
+    anatomy: Anatomy, segment: Segment, writer: Writer, batch: CarriedBatch, streams: Streams, fitting: Fitting
+) -> Tokens:
+    """What an output layer gets, and the pruned stream at its target as it is and as it should be."""
     kept: dict[str, Tensor] = {}
 
     def keep_inputs(_: nn.Module, args: tuple[Any, ...], __: dict[str, Any]) -> None:
@@ -171,7 +191,9 @@ def _inputs_and_lack(
         wanted = streams.ends(writer.target.kind)[1]
     else:
         wanted = stream_after(anatomy, segment, writer.target, batch, streams.before, "original")
-    return kept["inputs"].view(*pruned.shape[:2], -1), wanted.float() - pruned.float()
+    counts = _counted(writer.site, batch, streams, fitting).to(pruned.device)
+    inputs = kept["inputs"].view(*pruned.shape[:2], -1)
+    return Tokens(*(part[counts].float() for part in (inputs, pruned, wanted)))
 
 
 def _observed(site: Site, batch: CarriedBatch, streams: Streams) -> Observation:

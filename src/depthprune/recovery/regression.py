@@ -17,6 +17,7 @@ from depthprune.covariances import Covariances
 
 STRENGTHS = tuple(10.0**power for power in range(-7, 2))
 """Ridges that are tried, as shares of the mean variance of the inputs."""
+NO_RIDGE = (0.0,)
 
 
 class RidgePath:
@@ -42,8 +43,12 @@ class RidgePath:
         return self._values.mean() + torch.finfo(torch.float64).tiny
 
     def weight(self, strength: float) -> Tensor:
-        """The map of one strength, ``(Q, P)``."""
-        return (self._vectors @ (self._rotated / (self._values + strength * self.unit)[:, None])).T
+        """The map of one strength, ``(Q, P)``; of none, the smallest of those that fit best."""
+        sizes = self._values + strength * self.unit
+        if not strength:  # what rounding leaves of a direction in which the inputs do not vary is infinitely large
+            rounding = len(sizes) * torch.finfo(sizes.dtype).eps * sizes.max()
+            sizes = sizes.where(sizes > rounding, torch.inf)
+        return (self._vectors @ (self._rotated / sizes[:, None])).T
 
     def directions(self, weight: Tensor) -> Tensor:
         """The output directions of one strength's map by what they explain, ``(Q, Q)``, the most first, in columns."""
