@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from depthprune.replacements import LowRankAdapter
+from depthprune.replacements.maps import LowRankAdapter
 from depthprune.sites import PruningPlan
 from depthprune.surgery import site_slots
 from tests import brute_force

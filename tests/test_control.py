@@ -12,7 +12,7 @@ from torch import nn
 from depthprune.anatomy import Anatomy
 from depthprune.kept_layers import SolvedLayer
 from depthprune.recovery.closed_form import calibrate_on
-from depthprune.replacements import Replacement
+from depthprune.replacements.base import Replacement
 from depthprune.sites import PruningPlan, Site
 from depthprune.surgery import Slot, install_slots, replacement_parameters, site_slots, slots, switch
 from tests.tiny_models import tiny_batch, tiny_model

@@ -19,7 +19,7 @@ from depthprune import surgery
 from depthprune.anatomy import unpruned_fingerprint
 from depthprune.head import token_losses
 from depthprune.recovery.closed_form import calibrate_on
-from depthprune.replacements import LowRankAdapter
+from depthprune.replacements.maps import LowRankAdapter
 from depthprune.sites import PruningPlan
 from tests import plans
 from tests.brute_force import difference, mean_updates, plain_logits, without

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from depthprune.replacements import LowRankAdapter
+from depthprune.replacements.maps import LowRankAdapter
 from depthprune.surgery import slots
 
 BLOCKS = 6

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from depthprune.anatomy import Anatomy
-from depthprune.replacements import Healing
+from depthprune.replacements.kept import Healing
 from depthprune.sites import PruningPlan, Site
 
 

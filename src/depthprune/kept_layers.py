@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from depthprune.anatomy import Anatomy
 from depthprune.healing import healed_layers, healing_of
 from depthprune.refit import layers
-from depthprune.replacements import Healing
+from depthprune.replacements.kept import Healing
 from depthprune.sites import PruningPlan
 
 ADAPTER = "default"  # peft's name for an adapter without one

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from depthprune.anatomy import Anatomy
-from depthprune.replacements import Refit
+from depthprune.replacements.kept import Refit
 from depthprune.sites import PruningPlan, Removal, Site
 
 
@@ -22,7 +22,7 @@ class Writer:
     Attributes:
         site: the attention or MLP.
         target: the pruned stream after this site is to be that of the unpruned model after it.
-        through: see :class:`~depthprune.replacements.Refit`.
+        through: see :class:`~depthprune.replacements.kept.Refit`.
         distance: see there.
     """
 

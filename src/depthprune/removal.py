@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from depthprune.anatomy import Anatomy, pruning_record, unpruned_fingerprint
 from depthprune.families import renumber
-from depthprune.replacements import build_replacement
+from depthprune.replacements.registry import build_replacement
 from depthprune.sites import PruningPlan
 from depthprune.surgery import Slot, guard_saving, keep_changed_layers, make_slots, open_slots
 

@@ -64,7 +64,7 @@ class Removal:
 
     Attributes:
         sites: the sites, in depth order.
-        replacement: a name from :data:`depthprune.replacements.REPLACEMENTS`, or ``"none"``.
+        replacement: a name from :data:`depthprune.replacements.registry.REPLACEMENTS`, or ``"none"``.
         options: the replacement's options, such as ``{"rank": 16}``.
     """
 

@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 from depthprune.anatomy import Anatomy, pruning_record, unpruned_fingerprint
 from depthprune.kept_layers import LayerChange, check_layers, layer_changes, weights_of
 from depthprune.names import unknown_name
-from depthprune.replacements import Replacement, build_replacement
+from depthprune.replacements.base import Replacement
+from depthprune.replacements.registry import build_replacement
 from depthprune.shards import assign
 from depthprune.sites import PruningPlan, Site
 

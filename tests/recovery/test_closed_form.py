@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from depthprune.pruning import prune, swapped
 from depthprune.recovery.closed_form import calibrate, calibrate_on, sites_to_measure
-from depthprune.replacements import Replacement
+from depthprune.replacements.base import Replacement
 from depthprune.sites import PruningPlan, Removal, Site
 from depthprune.surgery import install_slots, replacement_parameters, site_slots, switch
 from tests import brute_force

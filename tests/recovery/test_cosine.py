@@ -17,7 +17,7 @@ from depthprune.recovery.cosine import Tokens, cosine_map
 from depthprune.recovery.fitting import Fitting
 from depthprune.recovery.regression import AffineMap, best_map
 from depthprune.removal import remove_for_good
-from depthprune.replacements import build_replacement
+from depthprune.replacements.registry import build_replacement
 from depthprune.sites import PruningPlan
 from depthprune.surgery import install_slots
 from tests import brute_force

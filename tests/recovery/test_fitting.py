@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from depthprune.pruning import swapped
 from depthprune.recovery.closed_form import calibrate_on
 from depthprune.recovery.fitting import Fitting
-from depthprune.replacements import EmulatedUpdate, Linear, LowRankAdapter, Replacement
+from depthprune.replacements.base import Replacement
+from depthprune.replacements.constants import EmulatedUpdate
+from depthprune.replacements.maps import Linear, LowRankAdapter
 from depthprune.sites import PruningPlan, Removal, Site
 from depthprune.surgery import install_slots, open_slots, site_slots
 from tests import brute_force

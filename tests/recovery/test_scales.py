@@ -12,7 +12,7 @@ from depthprune.head import predicted_mask
 from depthprune.recovery.closed_form import calibrate_on
 from depthprune.recovery.fitting import Fitting
 from depthprune.recovery.scales import fit_scales
-from depthprune.replacements import ScaledUpdate
+from depthprune.replacements.constants import ScaledUpdate
 from depthprune.sites import PruningPlan
 from depthprune.surgery import install_slots, site_slots
 from tests import brute_force

@@ -13,7 +13,7 @@ from depthprune.recovery.figures import similarity_figure, unexplained_figure
 from depthprune.recovery.module import RecoveryModule
 from depthprune.recovery.start_weights import distance
 from depthprune.recovery.updates import compare_updates, spectrum, standing, trained_names
-from depthprune.replacements import MapReplacement
+from depthprune.replacements.maps import MapReplacement
 
 TABLE_RANKS = (16, 64)  # of the table beside the figure
 

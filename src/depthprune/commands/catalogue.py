@@ -6,7 +6,7 @@ from depthprune import embedded
 from depthprune.families import FAMILIES
 from depthprune.influence.registry import METRICS
 from depthprune.recovery.objectives import OBJECTIVES
-from depthprune.replacements import REPLACEMENTS
+from depthprune.replacements.registry import REPLACEMENTS
 from depthprune.sites import KINDS
 
 

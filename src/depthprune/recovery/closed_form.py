@@ -15,7 +15,8 @@ from depthprune.moments import mean_updates
 from depthprune.recovery.fitting import Fitting, fit_maps
 from depthprune.recovery.regression import AffineMap
 from depthprune.recovery.scales import fit_scales
-from depthprune.replacements import Replacement, is_fitted
+from depthprune.replacements.base import Replacement
+from depthprune.replacements.registry import is_fitted
 from depthprune.sites import PruningPlan, Removal, Site
 from depthprune.surgery import site_slots, switched
 

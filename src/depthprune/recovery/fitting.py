@@ -29,7 +29,8 @@ from depthprune.recovery.segments import (
     unpruned_streams,
 )
 from depthprune.refit import Writer, writers
-from depthprune.replacements import Replacement, is_fitted
+from depthprune.replacements.base import Replacement
+from depthprune.replacements.registry import is_fitted
 from depthprune.shards import add, whole
 from depthprune.sites import PruningPlan, Removal, Site
 from depthprune.surgery import Slot, site_slots

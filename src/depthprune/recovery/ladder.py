@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
@@ -23,7 +22,9 @@ from depthprune.names import unknown_name
 from depthprune.recovery.closed_form import calibrate, calibrate_on, check_closed_form
 from depthprune.recovery.fitting import Fitting
 from depthprune.recovery.training import Training, module_of, train
-from depthprune.replacements import REPLACEMENTS, build_replacement
+from depthprune.replacements.base import Replacement
+from depthprune.replacements.kept import InKeptLayers
+from depthprune.replacements.registry import REPLACEMENTS, build_replacement, option_names
 from depthprune.sites import PruningPlan, Site
 from depthprune.surgery import install_slots, remove_slots, site_slots
 
@@ -67,7 +68,7 @@ class Rung:
             check_closed_form(PruningPlan.of("block.0", replacement=self.replacement, **self.options))
         with torch.device("meta"):
             made = build_replacement(self.replacement, hidden_size, self.options)
-        in_kept_layers = self.replacement in ("refit", "healing")
+        in_kept_layers = issubclass(REPLACEMENTS.get(self.replacement, Replacement), InKeptLayers)
         if self.training and not in_kept_layers and (made is None or not list(made.parameters())):
             raise ValueError(f"The replacement {self.replacement} has nothing to train: use low_rank_adapter.")
         if self.tune and not self.training:
@@ -108,19 +109,6 @@ class Rung:
                 raise unknown_name(f"setting of the rung {name}", setting, known)
         changed = self.training and dataclasses.replace(self.training, **training)
         return dataclasses.replace(self, options=options, training=changed, **settings)
-
-
-def option_names(replacement: str) -> Sequence[str]:
-    """The options that a replacement has.
-
-    Raises:
-        ValueError: there is no replacement of that name.
-    """
-    if replacement == "none":
-        return ()
-    if replacement not in REPLACEMENTS:
-        raise unknown_name("replacement", replacement, ["none", *REPLACEMENTS])
-    return [name for name in inspect.signature(REPLACEMENTS[replacement]).parameters if name != "hidden_size"]
 
 
 @contextmanager

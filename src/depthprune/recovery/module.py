@@ -33,7 +33,7 @@ from depthprune.recovery.shared_prefix import objective_losses, suffix_start
 from depthprune.recovery.stages import enter, leave, stage_at, stages_of
 from depthprune.recovery.start_weights import pull, trained_weights
 from depthprune.recovery.stopping import StopRequest
-from depthprune.replacements import Replacement
+from depthprune.replacements.base import Replacement
 from depthprune.sites import PruningPlan
 from depthprune.surgery import (
     check_plan,

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from depthprune.head import Batch, evaluating, on_device, predicted_mask, token_losses
-from depthprune.replacements import ScaledUpdate
+from depthprune.replacements.constants import ScaledUpdate
 from depthprune.shards import assign
 from depthprune.sites import PruningPlan
 from depthprune.surgery import site_slots, switched

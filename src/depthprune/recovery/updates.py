@@ -15,7 +15,8 @@ from depthprune.head import Batch, evaluating, input_device
 from depthprune.recovery.carried import CarriedBatch, carry, hooked
 from depthprune.recovery.segments import Segment, pass_segment, segments, unpruned_streams
 from depthprune.refit import layers, writers
-from depthprune.replacements import MapReplacement, Replacement
+from depthprune.replacements.base import Replacement
+from depthprune.replacements.maps import MapReplacement
 from depthprune.sites import PruningPlan, Site
 from depthprune.surgery import site_slots
 

@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from depthprune.replacements import REPLACEMENTS, EmulatedUpdate, LowRankAdapter, Replacement, build_replacement
+from depthprune.replacements.base import Replacement
+from depthprune.replacements.constants import EmulatedUpdate
+from depthprune.replacements.maps import LowRankAdapter
+from depthprune.replacements.registry import REPLACEMENTS, build_replacement
 
 READ = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 MEAN = torch.arange(8.0) - 3
