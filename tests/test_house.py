@@ -88,7 +88,7 @@ LAYERS = [
     {"recovery.ladder"},
     {"report.results", "report.markdown", "study_file"},
     {"report.findings", "figures", "report.ablation"},
-    {"report.sections"},
+    {"report.sections", "report.sweeps"},
     {"report.render"},
     {
         "commands.ablate",

@@ -145,14 +145,40 @@ def test_the_tune_text_chooses_and_controls_start_from_the_unpruned_model(ablate
     assert not (ablated / "out/training").exists()
 
 
-def test_report_and_figure(ablated: Path) -> None:
+def test_counting_against_controls_and_closed_forms(ablated: Path) -> None:
+    content = results(ablated)
+    found = {(row.label, row.domain): row for row in rows(content)}
+    assert content["starts"] == {"trained": "adapter rank 8", "distilled": "refit"}
+    for domain in ("news", "law"):
+
+        def total(label: str, part: str = "losses", domain: str = domain) -> float:
+            return sum(np.sum(content["losses"][sample][label][part][domain]["nats"]) for sample in "01")
+
+        damage = total("none") - total("unpruned")
+        gained = total("unpruned") - total("trained", "control")
+        trained = found["trained", domain]
+        assert trained.beyond_control is not None
+        assert trained.beyond_control.value == pytest.approx((total("none") - total("trained") - gained) / damage)
+        tokens = sum(np.sum(content["losses"][sample]["none"]["losses"][domain]["tokens"]) for sample in "01")
+        assert trained.above_start is not None
+        assert trained.above_start.value == pytest.approx((total("trained") - total("adapter rank 8")) / tokens)
+        assert found["map", domain].beyond_control is None
+        assert found["map", domain].above_start is None
+
+
+def test_report_and_figures(ablated: Path) -> None:
     text = (ablated / "out/ablation.md").read_text()
     assert all(f"| {label} |" in text for label in LABELS)
     assert "a quick run" in text
-    assert (ablated / "out/ablation.png").stat().st_size > 10_000
+    assert "| trained | learning_rate 0.01: " in text
+    for heading in ("beyond the control, %", "minus its closed form", "minus constant"):
+        assert f"| {heading} |" in text
+    for name in ("ablation", "rank", "forgetting"):
+        assert f"({name}.png)" in text
+        assert (ablated / f"out/{name}.png").stat().st_size > 10_000
     events = EventAccumulator(str(ablated / "out/tensorboard"))
     events.Reload()
-    assert "share recovered" in events.Tags()["images"]
+    assert {"share recovered", "share recovered by rank", "forgetting"} <= set(events.Tags()["images"])
 
 
 def test_a_killed_run_goes_on(

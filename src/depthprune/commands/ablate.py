@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from transformers import PreTrainedModel
 
@@ -27,6 +28,7 @@ from depthprune.names import slug, unknown_name
 from depthprune.progress import tracked
 from depthprune.recovery.ladder import Rung, climbed
 from depthprune.report.ablation import BARE, UNPRUNED, ablation_figure, console_table, report
+from depthprune.report.sweeps import forgetting_figure, sweep_figures
 from depthprune.sites import PruningPlan
 from depthprune.study_file import check_config
 from depthprune.surgery import check_plan, install_slots, remove_slots, switched
@@ -105,6 +107,8 @@ def ablate(
                 check_plan(causal_lm, candidate.plan(sites))
         torch.nn.Module.to(causal_lm, fabric.device)
         content["weights"] = unpruned_fingerprint(causal_lm).weights
+        content["starts"] = {label: start for label in chosen if (start := _start(label, chosen))}
+        content["settings"] = {name: rung.settings(name) for name, rung in rungs.items()}
         run = _Run(causal_lm, sites, folder, content)
         todo = [
             (sample, label)
@@ -121,10 +125,11 @@ def ablate(
             content["losses"].setdefault(str(sample), {})[label] = measured
             run.save()
         shutil.rmtree(folder / "training", ignore_errors=True)  # everything is measured
-        write_text(folder / "ablation.md", report(content))
-        write_figures(folder, {"share recovered": ("ablation.png", ablation_figure(content))})
+        figures = _figures(content)
+        write_text(folder / "ablation.md", report(content, [name for name, _ in figures.values()]))
+        write_figures(folder, figures)
         Console().print(console_table(content))
-        print(f"Wrote ablation.json, ablation.md, ablation.png and TensorBoard event files to {folder}.")
+        print(f"Wrote {RESULTS}, ablation.md, {len(figures)} figures and TensorBoard event files to {folder}.")
 
 
 @dataclass
@@ -179,6 +184,25 @@ class _Run:
     def _losses(self, loaders: Mapping[str, Batches]) -> dict[str, Any]:
         parts = loaders.items()
         return {name: document_loss(self.causal_lm, part, part.document_count).to_dict() for name, part in parts}
+
+
+def _figures(content: Mapping[str, Any]) -> dict[str, tuple[str, Figure]]:
+    """All figures by title, with their file names."""
+    figures = {"share recovered": ("ablation.png", ablation_figure(content))}
+    for setting, figure in sweep_figures(content).items():
+        figures[f"share recovered by {setting}"] = f"{slug(setting)}.png", figure
+    forgetting = forgetting_figure(content)
+    if forgetting is not None:
+        figures["forgetting"] = "forgetting.png", forgetting
+    return figures
+
+
+def _start(label: str, chosen: Mapping[str, Rung]) -> str | None:
+    """The rung that is another one's closed form."""
+    if chosen[label].training is None:
+        return None
+    closed = dataclasses.replace(chosen[label], training=None, tune={})
+    return next((other for other, rung in chosen.items() if rung == closed), None)
 
 
 def _run_name(label: str, sample: int, candidate: str) -> str:

@@ -141,6 +141,15 @@ class DomainLoss:
         value = float(back.sum() / damage.sum())
         return Interval(value, *(_Resampled.ratio(back, damage).interval if len(back) > 1 else (math.nan, math.nan)))
 
+    def without_gain(self, control: DomainLoss, unpruned: DomainLoss) -> DomainLoss:
+        """This loss without what training on a text does to any model: that of the unpruned model is taken off.
+
+        Args:
+            control: the loss of the unpruned model, trained in the same way.
+            unpruned: that of the unpruned model.
+        """
+        return DomainLoss(self.nats + unpruned.nats - control.nats, self.tokens, self.bytes)
+
     @classmethod
     def pooled(cls, parts: Sequence[DomainLoss]) -> DomainLoss:
         """The loss on the documents of several disjoint samples together."""

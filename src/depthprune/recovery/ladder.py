@@ -77,21 +77,20 @@ class Rung:
     def swept(self, name: str) -> dict[str, Rung]:
         """A rung for each combination of the values that are swept, by a name that says which."""
         return {
-            " ".join([name, *words]): dataclasses.replace(rung, sweep={})
-            for words, rung in self._combined(name, self.sweep)
+            label: dataclasses.replace(self._with(name, pairs), sweep={})
+            for label, pairs in self.settings(name).items()
         }
 
-    def candidates(self, name: str) -> dict[str, Rung]:
-        """A rung for each combination of the values among which the tune text chooses."""
-        return {", ".join(words): dataclasses.replace(rung, tune={}) for words, rung in self._combined(name, self.tune)}
+    def settings(self, name: str) -> dict[str, dict[str, Any]]:
+        """The values of what is swept, by the name of the rung that has them."""
+        return {" ".join([name, *_in_words(pairs)]): pairs for pairs in _combined(name, self.sweep)}
 
-    def _combined(self, name: str, values: Mapping[str, list[Any]]) -> Iterator[tuple[list[str], Rung]]:
-        for setting, listed in values.items():
-            if not isinstance(listed, list) or not listed:
-                raise ValueError(f"The rung {name} has no list of values for {setting}: give it values, or drop it.")
-        for chosen in product(*values.values()):
-            pairs = dict(zip(values, chosen, strict=True))
-            yield [f"{setting} {value}" for setting, value in pairs.items()], self._with(name, pairs)
+    def candidates(self, name: str) -> dict[str, Rung]:
+        """A rung for each combination of the values among which the tune text chooses, by these values."""
+        return {
+            ", ".join(_in_words(pairs)): dataclasses.replace(self._with(name, pairs), tune={})
+            for pairs in _combined(name, self.tune)
+        }
 
     def _with(self, name: str, pairs: Mapping[str, Any]) -> Rung:
         """This rung with other values of some settings."""
@@ -109,6 +108,19 @@ class Rung:
                 raise unknown_name(f"setting of the rung {name}", setting, known)
         changed = self.training and dataclasses.replace(self.training, **training)
         return dataclasses.replace(self, options=options, training=changed, **settings)
+
+
+def _combined(name: str, values: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """Each combination of a rung's listed values."""
+    for setting, listed in values.items():
+        if not isinstance(listed, list) or not listed:
+            raise ValueError(f"The rung {name} has no list of values for {setting}: give it values, or drop it.")
+    for chosen in product(*values.values()):
+        yield dict(zip(values, chosen, strict=True))
+
+
+def _in_words(pairs: Mapping[str, Any]) -> list[str]:
+    return [f"{setting} {value}" for setting, value in pairs.items()]
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from depthprune.report.markdown import escaped
 from depthprune.report.markdown import table as markdown_table
 
 UNPRUNED, BARE = "unpruned", "none"
+NOTHING = "–"
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,10 @@ class Row:
         loss: mean nats per token.
         recovered: the share of the damage that came back.
         by_sample: the same for each sample.
+        beyond_control: the same share counted against the control: what training on the text does to the unpruned model
+            is taken off; None without a control.
         above_baseline: loss minus the baseline's.
+        above_start: loss minus that of the same rung without training; None where that is no rung of the ablation.
         parameters: that stand in the removed sites.
         seconds: to find them, the mean over samples.
     """
@@ -37,7 +41,9 @@ class Row:
     loss: float
     recovered: Interval
     by_sample: tuple[float, ...]
+    beyond_control: Interval | None
     above_baseline: Interval
+    above_start: Interval | None
     parameters: int
     seconds: float
 
@@ -47,7 +53,7 @@ def rows(content: Mapping[str, Any]) -> list[Row]:
     samples = [part for _, part in sorted(content["losses"].items(), key=lambda item: int(item[0]))]
     labels = list(samples[0])
     samples = [part for part in samples if set(labels) <= set(part)]
-    baseline = content["config"]["baseline"]
+    baseline, starts = content["config"]["baseline"], content["starts"]
     found = []
     for domain in samples[0][UNPRUNED]["losses"]:
         by_label = {
@@ -55,6 +61,12 @@ def rows(content: Mapping[str, Any]) -> list[Row]:
         }
         pooled = {label: DomainLoss.pooled(parts) for label, parts in by_label.items()}
         for label in labels:
+            beyond = None
+            if all("control" in part[label] for part in samples):
+                controls = [DomainLoss.from_dict(part[label]["control"][domain]) for part in samples]
+                counted = pooled[label].without_gain(DomainLoss.pooled(controls), pooled[UNPRUNED])
+                beyond = counted.recovered(pooled[BARE], pooled[UNPRUNED])
+            start = starts.get(label)
             bounds = zip(by_label[label], by_label[BARE], by_label[UNPRUNED], strict=True)
             found.append(
                 Row(
@@ -63,7 +75,9 @@ def rows(content: Mapping[str, Any]) -> list[Row]:
                     pooled[label].loss,
                     pooled[label].recovered(pooled[BARE], pooled[UNPRUNED]),
                     tuple((bare.loss - own.loss) / (bare.loss - unpruned.loss) for own, bare, unpruned in bounds),
+                    beyond,
                     pooled[label].minus(pooled[baseline]),
+                    None if start is None else pooled[label].minus(pooled[start]),
                     samples[0][label]["parameters"],
                     sum(part[label]["seconds"] for part in samples) / len(samples),
                 )
@@ -71,42 +85,73 @@ def rows(content: Mapping[str, Any]) -> list[Row]:
     return found
 
 
-def report(content: Mapping[str, Any]) -> str:
-    """The results as Markdown, a table for each domain."""
+def report(content: Mapping[str, Any], figures: Sequence[str]) -> str:
+    """The results as Markdown, a table for each domain.
+
+    Args:
+        content: the results.
+        figures: file names of the figures to show, the first one on top.
+    """
     config, found = content["config"], rows(content)
     first = found[0].domain
     tokens = {domain: _size(content, domain) for domain in dict.fromkeys(row.domain for row in found)}
     parts = [
         f"# Ways to recover: {escaped(config['model'])}",
-        f"{config['samples']} disjoint samples; fitted to {config['calibration_sequences']} sequences of "
+        f"{config['samples']} disjoint samples of the texts; fitted to {config['calibration_sequences']} sequences of "
         f"{config['sequence_length']} tokens of {first} each. Recovered is the share of the loss that came back, (none "
         "- rung) / (none - unpruned), pooled over samples, with a 95% interval by bootstrap over documents, paired; "
         "behind it the share on each sample. * where the interval of the difference to "
         f"{escaped(config['baseline'])} excludes 0.",
-        "![Share recovered](ablation.png)",
+        f"![Share recovered]({figures[0]})",
     ]
     for domain, (count, documents) in tokens.items():
-        body = [
-            [
-                escaped(row.label),
-                f"{row.loss:.3f}",
-                "–" if row.label in (UNPRUNED, BARE) else _share(row.recovered),
-                "–" if row.label in (UNPRUNED, BARE) else ", ".join(f"{100 * share:.0f}" for share in row.by_sample),
-                "–" if row.label == config["baseline"] else _gap(row.above_baseline),
-                f"{row.parameters:,}",
-                f"{row.seconds:.0f}",
-            ]
-            for row in found
-            if row.domain == domain
-        ]
-        header = ["rung", "loss", "recovered, %", "by sample", f"minus {config['baseline']}", "parameters", "seconds"]
+        here = [row for row in found if row.domain == domain]
+        columns = _columns(here, config["baseline"])
+        body = [[cell(row) for cell in columns.values()] for row in here]
         parts += [
             f"## {escaped(domain)}",
             f"{count} predicted tokens of {documents} documents"
             + ("; a quick run." if documents < 200 or count < 50_000 else "."),
-            markdown_table(header, body),
+            markdown_table(list(columns), body),
         ]
+    parts += _tuned(content)
+    parts += [f"![{name.removesuffix('.png')}]({name})" for name in figures[1:]]
     return "\n\n".join(parts) + "\n"
+
+
+def _tuned(content: Mapping[str, Any]) -> list[str]:
+    """What the tune text chose, if it chose anything."""
+    if not content["tuned"]:
+        return []
+    body = []
+    for label, losses in content["tuned"].items():
+        best = min(losses, key=losses.__getitem__)
+        others = ", ".join(f"{name}: {loss:.4f}" for name, loss in losses.items() if name != best)
+        body.append([escaped(label), f"{best}: {losses[best]:.4f}", others])
+    text = "Settings with the lowest in-domain loss on the first sample's tune text (nats/token), and the others."
+    return ["## Tuned settings", text, markdown_table(["rung", "taken", "others"], body)]
+
+
+def _columns(here: Sequence[Row], baseline: str) -> dict[str, Callable[[Row], str]]:
+    """The cells of a table by header; columns that no row fills are left out."""
+
+    def share(row: Row, of: Interval | None) -> str:
+        return NOTHING if of is None or row.label in (UNPRUNED, BARE) else _share(of)
+
+    columns: dict[str, Callable[[Row], str]] = {
+        "rung": lambda row: escaped(row.label),
+        "loss": lambda row: f"{row.loss:.3f}",
+        "recovered, %": lambda row: share(row, row.recovered),
+        "by sample": lambda row: (
+            NOTHING if row.label in (UNPRUNED, BARE) else ", ".join(f"{100 * each:.0f}" for each in row.by_sample)
+        ),
+        "beyond the control, %": lambda row: share(row, row.beyond_control),
+        f"minus {baseline}": lambda row: NOTHING if row.label == baseline else _gap(row.above_baseline),
+        "minus its closed form": lambda row: NOTHING if row.above_start is None else _gap(row.above_start),
+        "parameters": lambda row: f"{row.parameters:,}",
+        "seconds": lambda row: f"{row.seconds:.0f}",
+    }
+    return {name: cell for name, cell in columns.items() if any(cell(row) != NOTHING for row in here)}
 
 
 def console_table(content: Mapping[str, Any]) -> Table:
