@@ -232,12 +232,13 @@ STUDY: list[tuple[dict[str, Any], list[str]]] = [
     ({"seed": 2**70}, ["seed is", "choose one"]),
     ({"shares": 3}, ["of another kind than it should be", "correct it"]),
     ({"accelerator": "gpu"}, ["accelerator='gpu'", "--accelerator cpu"]),
-    ({"training": {"replacement": "emulated_update"}}, ["emulated_update has nothing to train"]),
-    ({"training": {"steps": 7}}, ["training.steps is 7", "multiple of 4"]),
+    ({"rung": {"replacement": "emulated_update", "training": {}}}, ["emulated_update has nothing to train"]),
+    ({"rung": {"training": {"steps": 7}}}, ["training.steps is 7", "with 4 validations", "choose a multiple"]),
+    ({"rung": {"training": None}}, ["rung has no training"]),
     ({"model": ""}, ["The model has no name"]),
     ({"seed": None}, ["seed is null", "leave it out"]),
     ({"shares": {"score": None}}, ["a part of one, is null", "correct it"]),
-    ({"training": {"steps": None}}, ["a part of one, is null", "correct it"]),
+    ({"rung": {"training": {"steps": None}}}, ["a part of one, is null", "correct it"]),
     ({"output": ""}, ["output folder has no name"]),
 ]
 
@@ -287,7 +288,7 @@ def test_fit(workshop: Workshop, bad: Path, tmp_path: Path, row: tuple[list[Any]
 @named(STUDY)
 def test_study(workshop: Workshop, tmp_path: Path, row: tuple[dict[str, Any], list[str]]) -> None:
     settings = {**study_settings(workshop, tmp_path / "study"), **row[0]}
-    if "training" in row[0]:
+    if "rung" in row[0]:
         settings["plans"] = [{"kind": "block", "remove": 1, "train": True}]
     told(["study", "--config", write_config(tmp_path / "study.yaml", settings)], row[1], tmp_path)
 

@@ -22,7 +22,7 @@ from depthprune.sites import PruningPlan
 from depthprune.surgery import install_slots, switched
 from tests import brute_force
 from tests.brute_force import NOTHING
-from tests.recovery.test_fitting import HELD_OUT, STRENGTH, stream, text
+from tests.recovery.test_fitting import HELD_OUT, STRENGTH, affine, ridge, stream, text
 from tests.tiny_models import tiny_batch, tiny_model
 
 OUTPUTS = {  # of attention and MLP, written down by hand
@@ -136,6 +136,30 @@ def test_layers_around_a_cut(family: str) -> None:
         assert type(solved) is type(layer_of(pruned, name))
         torch.testing.assert_close(solved.weight.data, layer_of(pruned, name).weight.data, rtol=2e-3, atol=2e-4)
     torch.testing.assert_close(brute_force.plain_logits(model, batch), wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_map_in_the_cut_takes_over_what_the_layers_before_it_leave(family: str) -> None:
+    model = tiny_model(family)
+    plan = PruningPlan.of("block.2", "block.3", replacement="refit", before=1, after=1, map="linear").with_shared_runs()
+    bare = brute_force.without(model, {"block.2": NOTHING, "block.3": NOTHING})
+    refit_by_hand(bare, model, "mlp.1", "block.3")
+    at_cut, wanted = stream(bare, "block.1", 1, text()), stream(model, "block.3", 1, text())
+    found = ridge(at_cut, wanted - at_cut)
+    refitted = copy.deepcopy(model)
+    weight_of(layer_of(refitted, "mlp.1")).copy_(weight_of(layer_of(bare, "mlp.1")))
+    if layer_of(bare, "mlp.1").bias is not None:
+        layer_of(refitted, "mlp.1").bias.data.copy_(layer_of(bare, "mlp.1").bias.data)
+    pruned = brute_force.without(refitted, {"block.2": affine(*found), "block.3": NOTHING})
+    refit_by_hand(pruned, model, "attention.4", "attention.4")
+    install_slots(model, plan)
+    calibrate_on(model, plan, text(), HELD_OUT, Fitting())
+    batch = tiny_batch("left")
+    wanted_logits = brute_force.plain_logits(pruned, batch)
+    torch.testing.assert_close(brute_force.plain_logits(model, batch), wanted_logits, rtol=1e-3, atol=1e-4)
+    assert not plan.is_plain
+    remove_for_good(model, plan)
+    torch.testing.assert_close(brute_force.plain_logits(model, batch), wanted_logits, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

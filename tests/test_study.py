@@ -47,7 +47,12 @@ def settings(workshop: Workshop, folder: Path) -> dict[str, Any]:
         "tune_sequences": 2,
         "sequence_length": LENGTH,
         "batch_size": 2,
-        "training": {"options": {"rank": 2, "dropout": 0.1}, "steps": 4, "batch_size": 2, "learning_rate": 0.01},
+        "rung": {
+            "replacement": ADAPTER,
+            "options": {"rank": 2, "dropout": 0.1},
+            "fitting": None,
+            "training": {"steps": 4, "batch_size": 2, "learning_rate": 0.01},
+        },
         "accelerator": "cpu",
     }
 
@@ -323,15 +328,15 @@ def test_refuses_a_file_that_is_not_a_study(workshop, tmp_path, content, message
         ({"plans": []}, ["plans"]),
         ({"plans": [{"kind": "block", "remove": 2}, {"kind": "block", "remove": 2, "train": True}]}, ["blocks-2"]),
         ({"score_sequences": 0}, ["score_sequences", "0"]),
-        ({"training": {"steps": 6}}, ["training.steps", "6"]),
-        ({"training": {"replacement": "emulated_update", "options": {}}}, ["emulated_update", ADAPTER]),
-        ({"training": {"replacement": "low_rank"}}, ["low_rank", ADAPTER]),
+        ({"rung": {"training": {"steps": 6}}}, ["training.steps", "6"]),
+        ({"rung": {"replacement": "emulated_update", "training": {"steps": 4}}}, ["emulated_update", ADAPTER]),
+        ({"rung": {"replacement": "low_rank", "training": {"steps": 4}}}, ["low_rank", ADAPTER]),
         ({"sequence_lenght": 32}, ["sequence_lenght"]),
     ],
 )
 def test_refuses_what_cannot_be_in_one_sentence(workshop, tmp_path, changes, words):
     if "plans" not in changes:
-        changes = {**changes, "plans": [{"kind": "block", "remove": 1, "train": "training" in changes}]}
+        changes = {**changes, "plans": [{"kind": "block", "remove": 1, "train": "rung" in changes}]}
     sentence = refusal("study", "--config", written(workshop, tmp_path / "study", **changes))
     for word in words:
         assert word in sentence

@@ -48,11 +48,11 @@ def writers(anatomy: Anatomy, plan: PruningPlan) -> tuple[Writer, ...]:
     place = 0
     while place < len(order):
         removal = owner.get(order[place])
-        if removal is None or not removal.is_bare:
+        if removal is None or not removal.is_cut:
             place += 1
             continue
         end = place
-        while end < len(order) and order[end] in owner and owner[order[end]].is_bare:
+        while end < len(order) and order[end] in owner and owner[order[end]].is_cut:
             end += 1
         refits = [owner[site] for site in order[place:end] if owner[site].replacement == "refit"]
         if refits:

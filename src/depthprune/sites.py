@@ -89,9 +89,14 @@ class Removal:
             raise ValueError(f"The replacement 'none' takes no options, but {dict(self.options)} was given.")
 
     @property
-    def is_bare(self) -> bool:
-        """Whether nothing stands in the place of what goes; by refit and healing, kept layers beside it change."""
+    def is_cut(self) -> bool:
+        """Whether kept layers beside it are left alone with the loss, or changed to make up for it."""
         return self.replacement in ("none", "refit", "healing")
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether nothing stands in the place of what goes."""
+        return self.is_cut and self.options.get("map", "none") == "none"
 
     def to_dict(self) -> dict[str, Any]:
         """The removal as JSON-ready data."""

@@ -21,8 +21,8 @@ def test_the_quickstart_study(tmp_path, capsys):
         "test_sequences": 3,
         "tune_sequences": 2,
         "sequence_length": 128,
-        "training.steps": 4,
-        "training.batch_size": 2,
+        "rung.training.steps": 4,
+        "rung.training.batch_size": 2,
         "accelerator": "cpu",
     }
     options = [f"--{name}={value}" for name, value in small.items()]

@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -109,7 +110,7 @@ class TextDataModule(LightningDataModule):
         self._spec: PackingSpec | None = None
         self._chat: ChatFormat | None = None
         self._texts: dict[str, Text] = {}  # by domain
-        self._sets: dict[tuple[str, str, int], Batches] = {}  # by domain, role and number of sequences
+        self._sets: dict[tuple[str, str, int, int | None], Batches] = {}  # by domain, role, sequences, documents
 
     def prepare_data(self) -> None:
         """Fetch what has to be fetched, in one process, and check that it is there."""
@@ -161,8 +162,8 @@ class TextDataModule(LightningDataModule):
         return self._batches(self.text.title, "tune", max(1, self.calibration_sequences // 4))
 
     def val_dataloader(self) -> dict[str, Batches]:
-        """``train`` (documents of the *fit* role) and the *tune* role of every domain, the training text first."""
-        train = self._batches(self.text.title, "fit", self.evaluation_sequences)
+        """``train`` (documents that are trained on) and the *tune* role of every domain, the training text first."""
+        train = self._batches(self.text.title, "fit", self.evaluation_sequences, self.documents)
         return {TRAIN: train, **self._evaluation("tune", self.evaluation_sequences)}
 
     def test_dataloader(self) -> dict[str, Batches]:
@@ -190,17 +191,17 @@ class TextDataModule(LightningDataModule):
     def _evaluation(self, role: str, limit: int) -> dict[str, Batches]:
         return {name: self._batches(name, role, limit) for name in self.domains}
 
-    def _batches(self, domain: str, role: str, limit: int) -> Batches:
-        """The first sequences of a role, packed once."""
-        key = domain, role, limit
+    def _batches(self, domain: str, role: str, limit: int, first: int | None = None) -> Batches:
+        """The first sequences of a role, or of so many of its documents, packed once."""
+        key = domain, role, limit, first
         if key not in self._sets:
             spec = self._spec_of(self.domains[domain])
-            documents = role_documents(self._texts[domain], role, self.shares)
+            documents = islice(role_documents(self._texts[domain], role, self.shares), first)
             what = f"The text {self.domains[domain].path} (role {role})"
             restarts = self.restart_positions
             sequences = pack(documents, spec, self.sequence_length, limit, what, restarts)
             found = len(sequences["input_ids"])
-            if found < limit:
+            if found < limit and first is None:
                 warnings.warn(f"{what} has only {found} of the {limit} sequences asked for.", stacklevel=2)
             self._sets[key] = Batches(sequences, self.batch_size, restarts)
         return self._sets[key]

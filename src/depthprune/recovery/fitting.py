@@ -96,7 +96,8 @@ def fit_maps(
     """
     anatomy = Anatomy.of(model)
     slots = site_slots(model, plan)
-    solved_here = [r for r in plan.removals if r.replacement != "refit" and is_fitted(r.replacement, r.options)]
+    standing = [removal for removal in plan.removals if slots[removal.sites[0]].replacement is not None]
+    solved_here = [removal for removal in standing if is_fitted(removal.replacement, removal.options)]
     waiting: list[Removal | Writer] = [*solved_here, *writers(anatomy, plan)]
     refit = {item.site.index for item in waiting if isinstance(item, Writer)}
     found: dict[Site, AffineMap] = {}

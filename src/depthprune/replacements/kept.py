@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from depthprune.names import unknown_name
 from depthprune.replacements.base import Replacement
-from depthprune.replacements.maps import check_adapter
+from depthprune.replacements.maps import Linear, check_adapter
 
 DISTANCES = ("squared", "cosine")
+MAPS = ("none", "linear")
 
 
 class InKeptLayers(Replacement):
-    """Base of the options of changes to kept layers; it never stands in a model."""
+    """Base of the options of changes to kept layers; it never stands in a model itself."""
+
+    def standing(self) -> Replacement | None:
+        """What stands in the removed site beside the changes, if anything."""
+        return None
 
 
 class Refit(InKeptLayers):
-    """Nothing; kept layers beside the cut are solved anew (see :mod:`depthprune.refit`).
+    """Kept layers beside the cut are solved anew (see :mod:`depthprune.refit`); nothing stands in it, unless asked.
 
     Args:
         hidden_size: width of the stream, D.
@@ -25,6 +30,8 @@ class Refit(InKeptLayers):
             it writes, as in ReplaceMe (arXiv 2505.02819).
         distance: what is least between the stream and its target: ``"squared"``, their mean squared distance, or
             ``"cosine"``, their mean cosine distance (see :mod:`depthprune.recovery.cosine`).
+        map: ``"linear"`` puts an affine map into the cut, too: it is fitted to what the layers before it leave lacking,
+            and the model is no plain one any more. ``"none"`` puts nothing.
     """
 
     def __init__(
@@ -34,8 +41,11 @@ class Refit(InKeptLayers):
         after: int = 4,
         through: str = "inputs",
         distance: str = "squared",
+        map: str = "none",
     ) -> None:
         super().__init__(hidden_size)
+        if map not in MAPS:
+            raise unknown_name("map beside a refit", map, MAPS)
         if distance not in DISTANCES:
             raise unknown_name("distance of a refit", distance, DISTANCES)
         if through not in ("inputs", "outputs"):
@@ -46,6 +56,11 @@ class Refit(InKeptLayers):
         self.after = after
         self.through = through
         self.distance = distance
+        self.map = map
+
+    def standing(self) -> Replacement | None:
+        """The affine map, if there is one."""
+        return Linear(len(self.mean)) if self.map == "linear" else None
 
 
 class Healing(InKeptLayers):

@@ -72,4 +72,4 @@ def build_replacement(name: str, hidden_size: int, options: Mapping[str, Any]) -
                 f"The option {option} of the replacement {name} is {value}: give a finite number up to {LARGEST:g}."
             )
     made = REPLACEMENTS[name](hidden_size, **options)
-    return None if isinstance(made, InKeptLayers) else made
+    return made.standing() if isinstance(made, InKeptLayers) else made
