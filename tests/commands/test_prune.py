@@ -13,7 +13,17 @@ from depthprune.loading import load, save
 from depthprune.sites import PruningPlan
 from tests import brute_force
 from tests.brute_force import NOTHING
-from tests.command_line import LENGTH, STEPS, Workshop, files_under, refusal, run
+from tests.command_line import (
+    LENGTH,
+    STEPS,
+    Workshop,
+    files_under,
+    fit_settings,
+    read_checkpoint,
+    refusal,
+    run,
+    write_config,
+)
 from tests.tiny_models import BLOCKS, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -142,6 +152,33 @@ def test_plans_and_checkpoints_for_another_model(
             assert "The plan is for another model" in sentence
             assert what in sentence
     assert not (tmp_path / "pruned").exists()
+
+
+def test_weights_between_the_closed_form_and_the_trained_ones(workshop: Workshop, fitted: Path, tmp_path: Path) -> None:
+    path = fitted / "validated" / f"step={STEPS}.ckpt"
+    saved = read_checkpoint(path)
+    for name, share in (("half", 0.5), ("start", 0.0)):
+        flags = ["--checkpoint", path, "--interpolation", share]
+        assert run(*command(workshop, tmp_path / name, *flags)) == 0
+        found = load(tmp_path / name)[0].state_dict()
+        taken = {key: value for key, value in found.items() if "replacement.up" in key}
+        assert taken
+        trained = sorted((value for key, value in saved["state_dict"].items() if "up.weight" in key), key=torch.sum)
+        start = saved["depthprune"]["start_weights"]
+        assert all(not value.any() for key, value in start.items() if "up.weight" in key)
+        for ours, theirs in zip(sorted(taken.values(), key=torch.sum), trained, strict=True):
+            torch.testing.assert_close(ours, share * theirs)
+    assert "interpolation does not go with sites" in refusal(
+        *command(workshop, tmp_path / "bad", "--sites", "[block.1]", "--interpolation", 0.5)
+    )
+
+
+def test_a_control_is_refused(workshop: Workshop, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "fit.yaml", fit_settings(workshop, tmp_path))
+    assert run("fit", "--config", config, "--model.control", "true", "--trainer.max_steps", 2) == 0
+    checkpoint = next(tmp_path.rglob("step=2.ckpt"))
+    sentence = refusal(*command(workshop, tmp_path / "pruned", "--checkpoint", checkpoint))
+    assert "is of a control, whose weights belong to the unpruned model" in sentence
 
 
 def test_blocks_lend_their_influence_to_attentions(workshop: Workshop, scores: Path, tmp_path: Path) -> None:

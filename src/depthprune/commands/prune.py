@@ -20,6 +20,7 @@ from depthprune.pruning import prune as prune_model
 from depthprune.recovery.checkpoints import read_checkpoint
 from depthprune.recovery.closed_form import check_closed_form
 from depthprune.recovery.fitting import Fitting
+from depthprune.recovery.start_weights import pull
 from depthprune.removal import remove_for_good
 from depthprune.sites import PruningPlan
 from depthprune.surgery import check_plan, install_slots, replacement_state
@@ -38,6 +39,7 @@ def prune(
     replacement: str | None = None,
     options: dict[str, Any] | None = None,
     checkpoint: str | None = None,
+    interpolation: float | None = None,
     plan_only: bool = False,
     text: TextSource = TextSource("xsum"),  # noqa: B008 -- frozen
     sequences: int = 32,
@@ -68,6 +70,7 @@ def prune(
             plan and a checkpoint have their own.
         options: the replacement's options, such as {rank: 16}.
         checkpoint: a checkpoint of `depthprune fit`: its plan and its trained replacements.
+        interpolation: take weights that are so far on the way from the closed form (0) to the checkpoint's (1).
         plan_only: write only plan.json.
         text: the text for calibration; its fit role is used.
         sequences: how many sequences to calibrate on.
@@ -85,14 +88,18 @@ def prune(
             f"Name the plan's source once: influence, sites, plan or checkpoint; given: {', '.join(given) or 'none'}."
         )
     flags: dict[str, Any] = {"metric": metric, "kinds": kinds, "remove": remove, "carry_blocks": carry_blocks}
-    flags |= {"replacement": replacement, "options": options}
+    flags |= {"replacement": replacement, "options": options, "interpolation": interpolation}
     for flag, value in flags.items():
         if value is not None and flag not in FLAGS[given[0]]:
-            raise ValueError(f"{flag} does not go with {given[0]}, which has its own: leave one of the two out.")
+            raise ValueError(
+                f"{flag} does not go with {given[0]}, which has its own or no use for it: leave one of the two out."
+            )
     output = str(check_new_folder(output))
     trained = read_checkpoint(checkpoint) if checkpoint else None
     causal_lm, tokenizer = load(model, dtype=dtype, revision=revision, device_map=device_map)
     if trained is not None:
+        if trained["depthprune"]["settings"].get("control"):
+            raise ValueError(f"{checkpoint} is of a control, whose weights belong to the unpruned model: name another.")
         chosen = PruningPlan.from_dict(trained["depthprune"]["plan"], checkpoint or "")
     elif plan is not None:
         chosen = PruningPlan.load(plan)
@@ -132,6 +139,8 @@ def prune(
     if trained is not None:
         install_slots(causal_lm, chosen)
         _take_replacements(causal_lm, trained["state_dict"])
+        if interpolation is not None:
+            pull(causal_lm, trained["depthprune"]["start_weights"], 1 - interpolation)
         remove_for_good(causal_lm, chosen)
     else:
         batches = None
@@ -153,7 +162,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "influence": ("metric", "kinds", "remove", "carry_blocks", "replacement", "options"),
     "sites": ("replacement", "options"),
     "plan": (),
-    "checkpoint": (),
+    "checkpoint": ("interpolation",),
 }
 """What may be said beside each source of a plan."""
 
