@@ -43,7 +43,7 @@ def test_recovery_by_setting() -> None:
         assert line.get_xdata() == pytest.approx([2, 32])
         assert line.get_ydata() == pytest.approx([10, 50])
         assert axes.get_xscale() == "log"
-        assert axes.get_xlabel() == "rank"
+        assert axes.get_xlabel() == "rank of the map"
     assert left.get_ylabel() == "recovered, % of the damage"
 
 

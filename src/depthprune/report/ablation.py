@@ -16,6 +16,7 @@ from depthprune.report.markdown import table as markdown_table
 
 UNPRUNED, BARE = "unpruned", "none"
 NOTHING = "–"
+LOWEST = -50.0  # percent that figures show
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,10 @@ def console_table(content: Mapping[str, Any]) -> Table:
 
 
 def ablation_figure(content: Mapping[str, Any]) -> Figure:
-    """Share recovered by rung, with intervals and a small dot for each sample; a panel for each domain."""
+    """Share recovered by rung, with intervals and a small dot for each sample; a panel for each domain.
+
+    Rungs that lose far more than nothing in the place does are named at the edge, so that the others can be told apart.
+    """
     found = [row for row in rows(content) if row.label not in (UNPRUNED, BARE)]
     domains = list(dict.fromkeys(row.domain for row in found))
     labels = list(dict.fromkeys(row.label for row in found))
@@ -184,6 +188,11 @@ def ablation_figure(content: Mapping[str, Any]) -> Figure:
         values = [100 * row.recovered.value for row in here]
         axes.errorbar(values, places, xerr=spans, fmt="o", color=BLUE, ms=6, capsize=3, label="all samples, 95%")
         axes.axvline(0, color="black", lw=0.8)
+        if min(values) < LOWEST:
+            axes.set_xlim(LOWEST, max([*values, 0.0]) + 10)
+            for place, value in zip(places, values, strict=True):
+                if value < LOWEST:
+                    axes.text(LOWEST, place, f" \N{LEFTWARDS ARROW} {value:.0f}", va="center", fontsize=9, color=BLUE)
         axes.set_yticks(places, labels)
         axes.invert_yaxis() if axes is panels[0] else None
         axes.set_xlabel("recovered, % of the damage", fontsize=9.5)

@@ -27,6 +27,10 @@ from depthprune.report.ablation import Row, rows
 LOG_SPREAD = 8.0  # a log axis where the largest value is at least so many times the smallest
 STYLES = ((BLUE, "o"), (ORANGE, "^"), (GREEN, "s"), (RED, "D"), (PURPLE, "v"), (GREY, "P"))
 AXES = {
+    "rank": "rank of the map",
+    "scale": "factor on the mean update",
+    "before": "layers refit before the cut",
+    "after": "layers refit behind the cut",
     "steps": "optimizer steps",
     "documents": "documents trained on",
     "learning_rate": "learning rate",
@@ -57,7 +61,7 @@ def sweep_figures(content: Mapping[str, Any]) -> dict[str, Figure]:
     figures = {}
     for setting, lines in _lines(content).items():
         domains = list(dict.fromkeys(row.domain for row in found))
-        figure = new_figure(3.4)
+        figure = new_figure(3.6)
         panels = figure.subplots(1, len(domains), sharey=True, squeeze=False)[0]
         for axes, domain in zip(panels, domains, strict=True):
             here = {row.label: row for row in found if row.domain == domain}
@@ -66,8 +70,8 @@ def sweep_figures(content: Mapping[str, Any]) -> dict[str, Figure]:
             values = [value for points in lines.values() for value in points]
             if min(values) > 0 and max(values) >= LOG_SPREAD * min(values):
                 axes.set_xscale("log")
-                axes.set_xticks(sorted(set(values)), [f"{value:g}" for value in sorted(set(values))])
                 axes.minorticks_off()
+            axes.set_xticks(sorted(set(values)), [f"{value:g}" for value in sorted(set(values))])
             axes.set_xlabel(AXES.get(setting, setting), fontsize=9.5)
             tidy(axes, domain, "recovered, % of the damage" if axes is panels[0] else "")
         legend(figure, panels[:1])
