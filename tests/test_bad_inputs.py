@@ -238,7 +238,7 @@ STUDY: list[tuple[dict[str, Any], list[str]]] = [
     ({"model": ""}, ["The model has no name"]),
     ({"seed": None}, ["seed is null", "leave it out"]),
     ({"shares": {"score": None}}, ["a part of one, is null", "correct it"]),
-    ({"rung": {"training": {"steps": None}}}, ["a part of one, is null", "correct it"]),
+    ({"rung": {"training": {"steps": None}}}, ["training.steps is null", "give it a value"]),
     ({"output": ""}, ["output folder has no name"]),
 ]
 

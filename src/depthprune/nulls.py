@@ -18,16 +18,21 @@ def refusing_nulls(command: Callable[..., None]) -> Callable[..., None]:
     def checked(**settings: Any) -> None:
         for name in inspect.signature(command).parameters:
             if name in settings:
-                _check(name, settings[name], hints[name])
+                check_filled(name, settings[name], hints[name])
         command(**settings)
 
     return checked
 
 
-def _check(name: str, value: Any, hint: Any) -> None:
+def check_filled(name: str, value: Any, hint: Any) -> None:
+    """Refuse a setting that is null and may not be, and such a part of one.
+
+    Raises:
+        ValueError: it is.
+    """
     if value is None and NoneType not in get_args(hint) and hint is not Any:
         raise ValueError(f"{name} is null: give it a value, or leave it out.")
     if is_dataclass(value) and not isinstance(value, type):
         hints = get_type_hints(type(value))
         for field in fields(value):
-            _check(f"{name}.{field.name}", getattr(value, field.name), hints[field.name])
+            check_filled(f"{name}.{field.name}", getattr(value, field.name), hints[field.name])

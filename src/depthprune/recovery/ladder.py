@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from depthprune.data.module import TextDataModule
+from depthprune.files import make_folder
 from depthprune.names import unknown_name
 from depthprune.recovery.closed_form import calibrate, calibrate_on, check_closed_form
 from depthprune.recovery.fitting import Fitting
@@ -67,10 +68,12 @@ class Rung:
         if not self.training:
             check_closed_form(PruningPlan.of("block.0", replacement=self.replacement, **self.options))
         with torch.device("meta"):
-            made = build_replacement(self.replacement, hidden_size, self.options)
+            made = build_replacement(self.replacement, hidden_size, {})
         in_kept_layers = issubclass(REPLACEMENTS.get(self.replacement, Replacement), InKeptLayers)
         if self.training and not in_kept_layers and (made is None or not list(made.parameters())):
             raise ValueError(f"The replacement {self.replacement} has nothing to train: use low_rank_adapter.")
+        with torch.device("meta"):
+            build_replacement(self.replacement, hidden_size, self.options)
         if self.tune and not self.training:
             raise ValueError("tune chooses settings of a training: give the rung a training too, or sweep them.")
 
@@ -144,7 +147,7 @@ def climbed(
         plan: what stands where.
         data: its calibration text is fitted to, its tune text chooses the ridge; its training text is trained on.
         rung: how.
-        folder: checkpoints go to ``training/NAME``, event files to ``tensorboard/NAME``.
+        folder: checkpoints and the plan go to ``training/NAME``, event files to ``tensorboard/NAME``.
         name: of this run.
         seed: of first weights and dropout.
         means: the mean updates of the plan's sites, if they are known already: without fitting they are the start.
@@ -162,8 +165,7 @@ def climbed(
             install_slots(model, plan)
             calibrate_on(model, plan, data.calibration_dataloader(), data.tune_dataloader(), rung.fitting)
         else:
-            plan_path = folder / "plans" / f"{name}.json"
-            plan_path.parent.mkdir(parents=True, exist_ok=True)
+            plan_path = make_folder(folder / "training" / name) / "plan.json"
             plan.save(plan_path)
             module = module_of(model, str(plan_path), rung.training, {"fitting": rung.fitting}, control)
             if means is not None and rung.fitting is None:

@@ -21,6 +21,7 @@ from depthprune.callbacks.recorder import LossRecorder
 from depthprune.callbacks.run_card import RunCard
 from depthprune.data.module import TextDataModule
 from depthprune.names import unknown_name
+from depthprune.nulls import check_filled
 from depthprune.recovery.module import RecoveryModule
 from depthprune.recovery.objectives import Distillation, Matching, Objective
 from depthprune.recovery.start_weights import distance, pull
@@ -62,6 +63,7 @@ class Training:
     validations: int = 4
 
     def __post_init__(self) -> None:
+        check_filled("training", self, Training)
         if self.validations < 1 or self.steps < 1 or self.steps % self.validations:
             raise ValueError(
                 f"training.steps is {self.steps} with {self.validations} validations: choose a multiple, so that the "
