@@ -173,6 +173,16 @@ def test_weights_between_the_closed_form_and_the_trained_ones(workshop: Workshop
     )
 
 
+def test_adjacent_blocks_share_a_replacement_if_asked(workshop: Workshop, fitted: Path, tmp_path: Path) -> None:
+    flags = ["--sites", "[block.1, block.2]", "--replacement", "linear", "--share_runs", "true", "--plan_only", "true"]
+    assert run(*command(workshop, tmp_path / "shared", *flags)) == 0
+    (removal,) = PruningPlan.load(tmp_path / "shared" / "plan.json").removals
+    assert [str(site) for site in removal.sites] == ["block.1", "block.2"]
+    checkpoint = fitted / "validated" / f"step={STEPS}.ckpt"
+    sentence = refusal(*command(workshop, tmp_path / "bad", "--checkpoint", checkpoint, "--share_runs", "true"))
+    assert "share_runs does not go with checkpoint" in sentence
+
+
 def test_a_control_is_refused(workshop: Workshop, tmp_path: Path) -> None:
     config = write_config(tmp_path / "fit.yaml", fit_settings(workshop, tmp_path))
     assert run("fit", "--config", config, "--model.control", "true", "--trainer.max_steps", 2) == 0

@@ -288,3 +288,12 @@ def test_around_a_model_in_memory(workshop: Workshop) -> None:
     trainer(steps=1).fit(module, texts(workshop))
     assert module.causal_lm is model
     assert len(replacement_parameters(model)) == 2 * len(SLOTS)
+
+
+def test_adjacent_blocks_share_a_replacement_if_asked(workshop: Workshop, tmp_path: Path) -> None:
+    PruningPlan.of("block.1", "block.2", "block.4").save(tmp_path / "plan.json")
+    module = RecoveryModule(str(workshop.model), str(tmp_path / "plan.json"), replacement="linear", share_runs=True)
+    assert [[str(site) for site in removal.sites] for removal in module.plan.removals] == [
+        ["block.1", "block.2"],
+        ["block.4"],
+    ]

@@ -38,6 +38,7 @@ def prune(
     plan: str | None = None,
     replacement: str | None = None,
     options: dict[str, Any] | None = None,
+    share_runs: bool = False,
     checkpoint: str | None = None,
     interpolation: float | None = None,
     plan_only: bool = False,
@@ -69,6 +70,7 @@ def prune(
         replacement: none (if not given), emulated_update, low_rank_adapter, linear and others of `depthprune list`; a
             plan and a checkpoint have their own.
         options: the replacement's options, such as {rank: 16}.
+        share_runs: whether a run of adjacent removed blocks has one replacement instead of one for each.
         checkpoint: a checkpoint of `depthprune fit`: its plan and its trained replacements.
         interpolation: take weights that are so far on the way from the closed form (0) to the checkpoint's (1).
         plan_only: write only plan.json.
@@ -117,6 +119,10 @@ def prune(
     else:
         chosen = PruningPlan.of(*(sites or ()), replacement=replacement or "none", **(options or {}))
         chosen = PruningPlan(chosen.removals, unpruned_fingerprint(causal_lm), {"by": "hand"})
+    if share_runs:
+        if trained is not None:
+            raise ValueError("share_runs does not go with checkpoint, whose plan says what is shared: leave it out.")
+        chosen = chosen.with_shared_runs()
     if not chosen.sites:
         raise ValueError("The plan removes nothing: name at least one site, such as block.12.")
     check_plan(causal_lm, chosen)

@@ -60,6 +60,7 @@ class RecoveryModule(ReplacementCheckpoints):
         plan: path of the plan's JSON file.
         replacement: what stands in every removed site; the plan's own replacements if not given.
         options: options of that replacement, such as ``{"rank": 16}``.
+        share_runs: whether a run of adjacent removed blocks has one replacement instead of one for each.
         fitting: how maps are fitted in closed form before the first step; null lets them start from the mean update.
         objective: what is minimised: a name from ``depthprune.recovery.objectives.OBJECTIVES``, or several with their
             weights, such as ``{"logit_distillation": 1.0, "language_modelling": 0.1}``.
@@ -87,6 +88,7 @@ class RecoveryModule(ReplacementCheckpoints):
         plan: str,
         replacement: str | None = None,
         options: dict[str, Any] | None = None,
+        share_runs: bool = False,
         fitting: Fitting | None = Fitting(),  # noqa: B008 -- frozen
         objective: dict[str, float] | str = "language_modelling",
         distillation: Distillation = Distillation(),  # noqa: B008 -- frozen
@@ -114,6 +116,8 @@ class RecoveryModule(ReplacementCheckpoints):
         self.plan = PruningPlan.load(plan)
         if replacement is not None:
             self.plan = self.plan.with_replacement(replacement, **(options or {}))
+        if share_runs:
+            self.plan = self.plan.with_shared_runs()
         self.stages = stages_of(self.plan, strategy)
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
