@@ -30,11 +30,16 @@ def adding(module: nn.Module, replacement: nn.Module) -> None:
     module.register_forward_hook(add, with_kwargs=True)
 
 
-@pytest.mark.parametrize("name", ["additive_bias", "linear", "low_rank_adapter", "scaled_update", "refit"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        (family, name)
+        for family in ("llama", "gpt2", "gpt_neox", "gemma2")
+        for name in ("additive_bias", "linear", "low_rank_adapter", "scaled_update", "refit")
+        if (family, name) != ("gemma2", "refit")  # a norm stands behind what writes to its stream
+    ],
+)
 def test_the_control_is_the_unpruned_model_and_what_a_replacement_adds(family: str, name: str) -> None:
-    if (family, name) == ("gemma2", "refit"):
-        pytest.skip("a norm stands behind what writes to the stream")
     model, batch = tiny_model(family), tiny_batch("right", 2, 9)
     plain = copy.deepcopy(model)
     plan = PruningPlan.of(*SITES, replacement=name)
