@@ -19,6 +19,7 @@ from depthprune.anatomy import Anatomy, unpruned_fingerprint
 from depthprune.healing import healed_sites
 from depthprune.loading import load, save
 from depthprune.pruning import prune, swapped
+from depthprune.recovery.closed_form import calibrate_on
 from depthprune.removal import remove_for_good
 from depthprune.sites import PruningPlan
 from depthprune.surgery import (
@@ -208,6 +209,49 @@ def test_beside_other_replacements() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_beside_layers_that_are_solved(family: str) -> None:
+    """A refit heals what it does not solve; the adapters start from nothing."""
+    model, batch = tiny_model(family), tiny_batch("left")
+    original, all_names = copy.deepcopy(model), linear_layers(model, HEALED)
+    options = {"before": 1, "after": 2}
+    solved = {key.split(".replacement.")[0] for key in replacement_state(refit(copy.deepcopy(model), **options))}
+    assert len(solved) == 3
+    plain = plain_logits(refit(copy.deepcopy(model), **options), batch)
+    refit(model, **options, heal_rank=4)
+    assert torch.equal(plain_logits(model, batch), plain)
+
+    adapters = {key: value for key, value in replacement_state(model).items() if ".lora." in key}
+    names = {key.split(".replacement.")[0] for key in adapters}
+    assert names == set(all_names) - solved
+    generator = torch.Generator().manual_seed(7)
+    for value in adapters.values():
+        value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
+    changed = copy.deepcopy(original)
+    for name in solved:
+        weight_of(changed, name).copy_(replacement_state(model)[f"{name}.replacement.weight"])
+        if f"{name}.replacement.bias" in replacement_state(model):
+            layer: Any = changed.get_submodule(name)
+            layer.bias.data.copy_(replacement_state(model)[f"{name}.replacement.bias"])
+    for name in names:
+        down, up = (adapters[f"{name}.replacement.lora.lora_{part}.default.weight"] for part in "AB")
+        weight_of(changed, name).add_(up @ down)
+    wanted = plain_logits(bare(changed), batch)
+    assert difference(wanted, plain) > 1e-3
+    assert difference(plain_logits(model, batch), wanted) < 1e-5
+    remove_for_good(model, PruningPlan.of(*BLOCKS_GONE, replacement="refit", **options, heal_rank=4))
+    assert difference(plain_logits(model, batch), wanted) < 1e-5
+    assert not replacement_state(model)
+
+
+def refit(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
+    """The model with slots, its layers solved."""
+    plan = PruningPlan.of(*BLOCKS_GONE, replacement="refit", **options)
+    install_slots(model, plan)
+    calibrate_on(model, plan, [tiny_batch(), tiny_batch("left")])
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_copies_and_pickles(family: str) -> None:
     model, batch = tiny_model(family), tiny_batch("left")
     before = snapshot(model)
@@ -271,7 +315,7 @@ WITH_REFIT = PruningPlan((*heal("block.1").removals, *PruningPlan.of("block.3", 
         (heal("block.5", before=0), "no block is kept that could be healed: set the option before"),
         (heal("mlp.5", before=1, layers="mlp", blocks=1), ""),
         (OTHER_RANK, "give every healing of a plan the same options"),
-        (WITH_REFIT, "both healing and refit, which change the same layers: use one of the two"),
+        (WITH_REFIT, "both healing and refit, which change the same layers: use refit alone, with heal_rank"),
     ],
 )
 def test_plans_that_are_refused(plan: PruningPlan, message: str) -> None:

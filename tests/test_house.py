@@ -33,7 +33,8 @@ LAYERS = [
     {"replacements.registry"},
     {"families", "data.text", "data.questions", "recovery.cosine"},
     {"anatomy"},
-    {"refit", "healing"},
+    {"refit"},
+    {"healing"},
     {"kept_layers"},
     {"surgery", "head", "data.packing", "data.origins", "data.opening", "devices"},
     {

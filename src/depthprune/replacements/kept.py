@@ -32,6 +32,8 @@ class Refit(InKeptLayers):
             ``"cosine"``, their mean cosine distance (see :mod:`depthprune.recovery.cosine`).
         map: ``"linear"`` puts an affine map into the cut, too: it is fitted to what the layers before it leave lacking,
             and the model is no plain one any more. ``"none"`` puts nothing.
+        heal_rank: the other linear layers of the last kept block before the cut and of all behind it get LoRA adapters
+            of this rank, which start from nothing and learn in training (see :class:`Healing`); none if 0.
     """
 
     def __init__(
@@ -42,8 +44,11 @@ class Refit(InKeptLayers):
         through: str = "inputs",
         distance: str = "squared",
         map: str = "none",
+        heal_rank: int = 0,
     ) -> None:
         super().__init__(hidden_size)
+        if heal_rank:
+            check_adapter(heal_rank, None, 0.0, hidden_size)
         if map not in MAPS:
             raise unknown_name("map beside a refit", map, MAPS)
         if distance not in DISTANCES:
@@ -57,6 +62,7 @@ class Refit(InKeptLayers):
         self.through = through
         self.distance = distance
         self.map = map
+        self.heal_rank = heal_rank
 
     def standing(self) -> Replacement | None:
         """The affine map, if there is one."""
