@@ -19,7 +19,7 @@ from depthprune.anatomy import architecture_of, unpruned_fingerprint
 from depthprune.data.module import TextDataModule
 from depthprune.files import read_json, write_json
 
-STUDY_VERSION = 1
+STUDY_VERSION = 2
 REMAINS = ("mean_updates.safetensors", "training")  # what a study without its results would wrongly go on with
 
 

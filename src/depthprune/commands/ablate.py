@@ -33,7 +33,7 @@ from depthprune.sites import PruningPlan
 from depthprune.study_file import check_config
 from depthprune.surgery import check_plan, install_slots, remove_slots, switched
 
-VERSION = 2
+VERSION = 3
 RESULTS = "ablation.json"
 
 

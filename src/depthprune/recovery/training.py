@@ -117,7 +117,8 @@ def train(
         logger: takes what the monitors log.
 
     Returns:
-        What is put down about the run.
+        What is put down about the run: its size, the learning curve, ``last_part``, how the in-domain loss changed
+        since the validation before the last, and ``converged``, whether that is no fall beyond noise.
     """
     text = copy.copy(data)  # with what it has packed so far
     text.batch_size = training.batch_size
@@ -161,7 +162,7 @@ def _describe(
             {"step": step, **{domain: loss.loss for domain, loss in losses.items()}}
             for step, losses in sorted(recorder.history.items())
         ],
-        "last_quarter": last_part.to_dict(),
+        "last_part": last_part.to_dict(),
         "converged": not last_part.high < 0,
     }
 

@@ -5,7 +5,6 @@ The study may be unfinished; whatever is there can be read. Figures, findings an
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from depthprune.evaluation.domains import RESAMPLES, DomainLoss, Interval
 from depthprune.influence.table import InfluenceTable
 from depthprune.sites import PruningPlan, Site
 
-STUDY_VERSION = 1
+STUDY_VERSION = 2
 HEADLINE_DOCUMENTS = 200
 HEADLINE_TOKENS = 50_000
 
@@ -177,13 +176,10 @@ class StudyResults:
         """The replacement that was trained for a plan, if one was."""
         return self.training.get(plan.name, {}).get("replacement")
 
-    def last_quarter(self, plan: StudyPlan) -> Interval | None:
-        """The in-domain tune loss at the end of training minus that at three quarters of the budget, if known."""
-        quarter = self.training.get(plan.name, {}).get("last_quarter")
-        if not quarter:
-            return None
-        ends = (math.nan if quarter[end] is None else quarter[end] for end in ("low", "high"))
-        return Interval(quarter["value"], *ends)
+    def last_part(self, plan: StudyPlan) -> Interval | None:
+        """The in-domain tune loss at the last validation of a training minus that at the one before it, if known."""
+        change = self.training.get(plan.name, {}).get("last_part")
+        return Interval.from_dict(change) if change else None
 
     def role(self, domain: str) -> str:
         """Whether a domain's text was trained on: ``"in-domain"`` or ``"distant"``."""
