@@ -118,7 +118,8 @@ def train(
 
     Returns:
         What is put down about the run: its size, the learning curve, ``last_part``, how the in-domain loss changed
-        since the validation before the last, and ``converged``, whether that is no fall beyond noise.
+        since the validation before the last, and ``converged``, whether that is no fall beyond noise. All of it is of
+        the trained weights, whichever are taken in the end.
     """
     text = copy.copy(data)  # with what it has packed so far
     text.batch_size = training.batch_size
@@ -141,9 +142,10 @@ def train(
         callbacks=[recorder, OverfittingMonitor(), ForgettingMonitor(), RunCard(), LastCheckpoint(folder), StepsBar()],
     )
     trainer.fit(module, datamodule=text, ckpt_path=str(last) if last.exists() else None)
+    about = _describe(module, recorder, training, data)
     if training.interpolation != 1:
         pull(module.causal_lm, module.start_weights, 1 - training.interpolation)
-    return _describe(module, recorder, training, data)
+    return about
 
 
 def _describe(
