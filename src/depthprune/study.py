@@ -5,8 +5,6 @@ Every stage adds to ``study.json``; a killed study goes on from there. The repor
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from transformers import PreTrainedModel
 
 from depthprune.anatomy import Anatomy
 from depthprune.commands.influence import write_influence
+from depthprune.configuration import as_data
 from depthprune.data.batches import Batches
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
@@ -116,7 +115,7 @@ def study(
         attn_implementation: sdpa, eager, flash_attention_2, ...
         accelerator: as in Lightning: auto, cpu, gpu.
     """
-    config = _as_data({key: value for key, value in locals().items() if key != "output"})
+    config = as_data(locals())
     for plan in plans:
         if plan.kind not in KINDS:
             raise unknown_name("kind of site", plan.kind, KINDS)
@@ -297,8 +296,3 @@ def _finish(results: StudyFile, folder: Path, model: str) -> None:
         ]
         print(f"  {shlex.join([*command, '--output', f'checkpoints/{name}'])}")
     print("  depthprune fit --config configs/fit/quickstart.yaml")
-
-
-def _as_data(value: Any) -> Any:
-    """Arguments and dataclasses as they come back from a JSON file."""
-    return json.loads(json.dumps(value, default=dataclasses.asdict))

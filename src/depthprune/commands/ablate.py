@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from depthprune.anatomy import unpruned_fingerprint
+from depthprune.configuration import as_data, check_config
 from depthprune.data.batches import Batches
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
@@ -30,7 +30,6 @@ from depthprune.recovery.ladder import Rung, climbed
 from depthprune.report.ablation import BARE, UNPRUNED, ablation_figure, console_table, report
 from depthprune.report.sweeps import forgetting_figure, sweep_figures
 from depthprune.sites import PruningPlan
-from depthprune.study_file import check_config
 from depthprune.surgery import check_plan, install_slots, remove_slots, switched
 
 VERSION = 3
@@ -85,9 +84,7 @@ def ablate(
         revision: branch, tag or commit on the hub.
         accelerator: as in Lightning: auto, cpu, gpu.
     """
-    config = json.loads(
-        json.dumps({key: value for key, value in locals().items() if key != "output"}, default=dataclasses.asdict)
-    )
+    config = as_data(locals())
     chosen = {label: each for name, rung in rungs.items() for label, each in rung.swept(name).items()}
     if taken := {UNPRUNED, BARE} & set(chosen):
         raise ValueError(f"A rung cannot be named {', '.join(taken)}, which is always measured: choose another name.")
