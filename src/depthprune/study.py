@@ -25,7 +25,7 @@ from depthprune.data.batches import Batches
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
-from depthprune.evaluation.domains import document_loss
+from depthprune.evaluation.domains import domain_losses
 from depthprune.files import make_folder, only_writer, whole_file
 from depthprune.influence.estimate import estimate_influence
 from depthprune.influence.static import STATIC_METRICS
@@ -43,7 +43,6 @@ from depthprune.study_file import StudyFile
 from depthprune.surgery import install_slots, remove_slots, switched
 
 TRAINED = Rung("low_rank_adapter", {"rank": 16}, fitting=None, training=Training())
-PLURALS = {"block": "blocks", "attention": "attentions", "mlp": "mlps"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Removed:
     @property
     def name(self) -> str:
         """Such as ``blocks-6``."""
-        return f"{PLURALS[self.kind]}-{self.remove}"
+        return f"{self.kind}s-{self.remove}"
 
 
 def study(
@@ -247,9 +246,7 @@ def _evaluate(
 
 
 def _losses(causal_lm: PreTrainedModel, loaders: Mapping[str, Batches]) -> dict[str, Any]:
-    return {
-        domain: document_loss(causal_lm, loader, loader.document_count).to_dict() for domain, loader in loaders.items()
-    }
+    return {domain: loss.to_dict() for domain, loss in domain_losses(causal_lm, loaders).items()}
 
 
 def _train(

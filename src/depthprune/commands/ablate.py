@@ -20,7 +20,7 @@ from depthprune.data.batches import Batches
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
-from depthprune.evaluation.domains import DomainLoss, document_loss
+from depthprune.evaluation.domains import DomainLoss, domain_losses
 from depthprune.figures import write_figures
 from depthprune.files import make_folder, only_writer, read_json, write_json, write_text
 from depthprune.loading import load
@@ -194,8 +194,7 @@ class _Run:
         return "/".join(filter(None, (slug(label), str(sample), slug(name))))
 
     def _losses(self, loaders: Mapping[str, Batches]) -> dict[str, Any]:
-        parts = loaders.items()
-        return {name: document_loss(self.causal_lm, part, part.document_count).to_dict() for name, part in parts}
+        return {domain: loss.to_dict() for domain, loss in domain_losses(self.causal_lm, loaders).items()}
 
 
 def _figures(content: Mapping[str, Any]) -> dict[str, tuple[str, Figure]]:

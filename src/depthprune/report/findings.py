@@ -14,13 +14,13 @@ from depthprune.evaluation.domains import Interval
 from depthprune.report.results import (
     EMULATED,
     NONE,
-    PLURALS,
     SINGULARS,
     StudyPlan,
     StudyResults,
     capital,
     variant_label,
 )
+from depthprune.sites import PLURALS
 
 Verdict = Literal["reproduced", "reproduced in part", "within noise", "not reproduced", "not measured"]
 

@@ -11,22 +11,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-from scipy.stats import bootstrap
-
-from depthprune.evaluation.domains import RESAMPLES, DomainLoss, Interval
+from depthprune.evaluation.domains import DomainLoss, Interval, is_quick
 from depthprune.influence.table import InfluenceTable
-from depthprune.sites import PruningPlan, Site
+from depthprune.sites import PLURALS, PruningPlan, Site
 
 STUDY_VERSION = 2
-HEADLINE_DOCUMENTS = 200
-HEADLINE_TOKENS = 50_000
 
 UNPRUNED = "unpruned"
 NONE = "none"
 EMULATED = "emulated_update"
 
-PLURALS = {"block": "blocks", "attention": "attentions", "mlp": "MLPs"}
 SINGULARS = {"block": "block", "attention": "attention", "mlp": "MLP"}
 VARIANT_LABELS = {
     UNPRUNED: "unpruned",
@@ -158,19 +152,7 @@ class StudyResults:
         if damage is None or replaced is None or not damage.low > 0:
             return None
         none, unpruned = self.losses[f"{plan.name}/{NONE}"][domain], self.losses[UNPRUNED][domain]
-        gains, damages = none.nats - replaced.nats, none.nats - unpruned.nats
-        present = none.tokens > 0
-        result = bootstrap(
-            (gains[present], damages[present]),
-            lambda gain, lost, axis: gain.sum(axis) / lost.sum(axis),
-            paired=True,
-            vectorized=True,
-            n_resamples=RESAMPLES,
-            method="percentile",
-            rng=np.random.default_rng(0),
-        )
-        low, high = result.confidence_interval
-        return Interval(float(gains.sum() / damages.sum()), float(low), float(high))
+        return replaced.recovered(none, unpruned)
 
     def trained_on(self, plan: StudyPlan) -> str | None:
         """The replacement that was trained for a plan, if one was."""
@@ -190,7 +172,7 @@ class StudyResults:
         quick = []
         for domain in self.domains:
             loss = self.loss(UNPRUNED, domain)
-            if loss and (loss.documents < HEADLINE_DOCUMENTS or loss.tokens.sum() < HEADLINE_TOKENS):
+            if loss and is_quick(loss.documents, int(loss.tokens.sum())):
                 quick.append(f"{domain}: {loss.documents:,} documents, {int(loss.tokens.sum()):,} tokens")
         return quick
 
