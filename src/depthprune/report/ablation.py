@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from depthprune.evaluation.domains import DomainLoss, Interval, is_quick
-from depthprune.plotting import BLUE, GREY, errors, legend, new_figure, tidy
+from depthprune.plotting import BLUE, GREY, errors, legend, new_figure, plain, tidy
 from depthprune.report.markdown import escaped, starred
 from depthprune.report.markdown import table as markdown_table
 
@@ -193,7 +193,7 @@ def ablation_figure(content: Mapping[str, Any]) -> Figure:
             for place, value in zip(places, values, strict=True):
                 if value < LOWEST:
                     axes.text(LOWEST, place, f" \N{LEFTWARDS ARROW} {value:.0f}", va="center", fontsize=9, color=BLUE)
-        axes.set_yticks(places, labels)
+        axes.set_yticks(places, [plain(label) for label in labels])
         axes.invert_yaxis() if axes is panels[0] else None
         axes.set_xlabel("recovered, % of the damage", fontsize=9.5)
         tidy(axes, domain, "", grid="x")
