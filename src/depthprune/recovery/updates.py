@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from depthprune.anatomy import Anatomy
 from depthprune.head import Batch, evaluating, input_device
+from depthprune.healing import healed_sites
 from depthprune.recovery.carried import CarriedBatch, carry, hooked
 from depthprune.recovery.segments import Segment, pass_segment, segments, unpruned_streams
 from depthprune.refit import layers, writers
@@ -70,15 +71,18 @@ def standing(model: PreTrainedModel, plan: PruningPlan) -> dict[Site, Replacemen
 
 
 def trained_names(model: PreTrainedModel, plan: PruningPlan) -> dict[Site, list[str]]:
-    """The names of the replacements' parameters, by their removal's first site or by the layer's that is refit."""
+    """The names of all that is trained, by the removal's first site or the attention or MLP that is refit or healed."""
+    anatomy = Anatomy.of(model)
     slots = {id(slot): site for site, slot in site_slots(model, plan).items()}
-    slots |= {id(layer): site for site, layer in layers(Anatomy.of(model), plan).items()}
+    slots |= {id(layer): site for site, layer in layers(anatomy, plan).items()}
+    for site in healed_sites(anatomy, plan):
+        slots |= {id(module): site for part in anatomy.chain(site) for module in part.modules()}
     found: dict[Site, list[str]] = {}
     for path, module in model.named_modules():
         if id(module) in slots:
-            own = [name for name, _ in module.named_parameters() if name.startswith("replacement.")]
+            own = [f"{path}.{name}" for name, _ in module.named_parameters() if name.startswith("replacement.")]
             if own:
-                found[slots[id(module)]] = [f"{path}.{name}" for name in own]
+                found.setdefault(slots[id(module)], []).extend(own)
     return found
 
 
