@@ -15,7 +15,7 @@ from depthprune.head import Batch, evaluating, input_device
 from depthprune.healing import healed_sites
 from depthprune.recovery.carried import CarriedBatch, carry, hooked
 from depthprune.recovery.segments import Segment, pass_segment, segments, unpruned_streams
-from depthprune.refit import layers, writers
+from depthprune.refit import layers
 from depthprune.replacements.base import Replacement
 from depthprune.replacements.maps import MapReplacement
 from depthprune.sites import PruningPlan, Site
@@ -108,15 +108,13 @@ def compare_updates(
     """
     anatomy = Anatomy.of(model)
     replacements = standing(model, plan)
-    refit = {writer.site.index for writer in writers(anatomy, plan)}
     metric = UpdateSums(tuple(replacements)).to(input_device(model))
     passed = _up_to_last(segments(anatomy, plan), set(replacements))
     with evaluating(model):
         for batch in batches:
             (carried,) = carry(model, [batch])
             for segment in passed:
-                is_changed = bool(segment.removals) or anatomy.kept_blocks[segment.places[0]] in refit
-                _compare_in(anatomy, segment, carried, is_changed, replacements, metric)
+                _compare_in(anatomy, segment, carried, replacements, metric)
     return metric.figures()
 
 
@@ -134,7 +132,6 @@ def _compare_in(
     anatomy: Anatomy,
     segment: Segment,
     batch: CarriedBatch,
-    is_changed: bool,
     replacements: dict[Site, Replacement],
     metric: UpdateSums,
 ) -> None:
@@ -150,7 +147,7 @@ def _compare_in(
 
     streams = unpruned_streams(anatomy, segment, batch)
     with hooked(*((replacements[site], "after", keep(site)) for site in here)):
-        pass_segment(anatomy, segment, batch, streams.after, is_changed)
+        pass_segment(anatomy, segment, batch, streams.after)
     for site in here:
         before, after = streams.ends(site.kind)
         counts = batch.counts.to(after.device)
