@@ -17,7 +17,7 @@ from depthprune.figures import (
     training_figure,
     write_figure,
 )
-from depthprune.report.results import StudyResults
+from depthprune.report.results import STUDY_VERSION, StudyResults
 from depthprune.sites import Site
 from tests.report.synthetic_study import BLOCKS, DOMAINS, influence_table, synthetic_study
 
@@ -131,7 +131,7 @@ def test_figures_wait_for_their_results():
     with pytest.raises(ValueError, match="no training yet"):
         training_figure(study)
     with pytest.raises(ValueError, match="no losses of pruned models"):
-        damage_figure({"depthprune_study": 1})
+        damage_figure({"depthprune_study": STUDY_VERSION})
 
 
 def test_names_are_not_mathematics(tmp_path: Path):

@@ -15,6 +15,7 @@ LAYERS = [
     {
         "names",
         "nulls",
+        "configuration",
         "memory",
         "files",
         "progress",
@@ -87,8 +88,8 @@ LAYERS = [
     {"callbacks.overfitting", "callbacks.agreement", "callbacks.updates", "callbacks.run_card"},
     {"recovery.training"},
     {"recovery.ladder"},
-    {"report.results", "report.markdown", "study_file"},
-    {"report.findings", "figures", "report.ablation"},
+    {"report.results", "report.markdown"},
+    {"report.findings", "figures", "report.ablation", "study_file"},
     {"report.sections", "report.sweeps"},
     {"report.render"},
     {

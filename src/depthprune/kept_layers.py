@@ -6,6 +6,7 @@ ones.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,12 +24,13 @@ from depthprune.sites import PruningPlan
 ADAPTER = "default"  # peft's name for an adapter without one
 
 
-class LayerChange(nn.Module):
+class LayerChange(nn.Module, ABC):
     """Base of what a kept linear layer is changed to: ``forward(input (..., P), layer) -> (..., Q)``.
 
     It starts as the layer was. Parameters are fp32 whatever the model's dtype.
     """
 
+    @abstractmethod
     def changed(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weights that a plain layer needs to do the same.
 
@@ -39,7 +41,6 @@ class LayerChange(nn.Module):
         Returns:
             Weight and bias, fp32.
         """
-        raise NotImplementedError
 
 
 class SolvedLayer(LayerChange):

@@ -1,4 +1,4 @@
-"""Parameters that may be spread over processes (FSDP2): read, set and added to as if they were whole."""
+"""Several processes: parameters that may be spread over them (FSDP2), as if they were whole; sums over all of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 def whole(parameter: Tensor) -> Tensor:
     """A tensor's value, in every process."""
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
+
+
+def pooled(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors summed over all processes, in place."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+    return tensors
 
 
 def assign(parameter: Tensor, value: Tensor) -> None:

@@ -14,6 +14,7 @@ from depthprune.files import read_json, write_json
 from depthprune.names import unknown_name
 
 KINDS = ("block", "attention", "mlp")
+PLURALS = {"block": "blocks", "attention": "attentions", "mlp": "MLPs"}  # what tables and figures call them
 PLAN_VERSION = 1
 
 

@@ -5,8 +5,6 @@ Every stage adds to ``study.json``; a killed study goes on from there. The repor
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,11 +20,12 @@ from transformers import PreTrainedModel
 
 from depthprune.anatomy import Anatomy
 from depthprune.commands.influence import write_influence
+from depthprune.configuration import as_data
 from depthprune.data.batches import Batches
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
-from depthprune.evaluation.domains import document_loss
+from depthprune.evaluation.domains import domain_losses
 from depthprune.files import make_folder, only_writer, whole_file
 from depthprune.influence.estimate import estimate_influence
 from depthprune.influence.static import STATIC_METRICS
@@ -44,7 +43,6 @@ from depthprune.study_file import StudyFile
 from depthprune.surgery import install_slots, remove_slots, switched
 
 TRAINED = Rung("low_rank_adapter", {"rank": 16}, fitting=None, training=Training())
-PLURALS = {"block": "blocks", "attention": "attentions", "mlp": "mlps"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Removed:
     @property
     def name(self) -> str:
         """Such as ``blocks-6``."""
-        return f"{PLURALS[self.kind]}-{self.remove}"
+        return f"{self.kind}s-{self.remove}"
 
 
 def study(
@@ -116,7 +114,7 @@ def study(
         attn_implementation: sdpa, eager, flash_attention_2, ...
         accelerator: as in Lightning: auto, cpu, gpu.
     """
-    config = _as_data({key: value for key, value in locals().items() if key != "output"})
+    config = as_data(locals())
     for plan in plans:
         if plan.kind not in KINDS:
             raise unknown_name("kind of site", plan.kind, KINDS)
@@ -248,9 +246,7 @@ def _evaluate(
 
 
 def _losses(causal_lm: PreTrainedModel, loaders: Mapping[str, Batches]) -> dict[str, Any]:
-    return {
-        domain: document_loss(causal_lm, loader, loader.document_count).to_dict() for domain, loader in loaders.items()
-    }
+    return {domain: loss.to_dict() for domain, loss in domain_losses(causal_lm, loaders).items()}
 
 
 def _train(
@@ -297,8 +293,3 @@ def _finish(results: StudyFile, folder: Path, model: str) -> None:
         ]
         print(f"  {shlex.join([*command, '--output', f'checkpoints/{name}'])}")
     print("  depthprune fit --config configs/fit/quickstart.yaml")
-
-
-def _as_data(value: Any) -> Any:
-    """Arguments and dataclasses as they come back from a JSON file."""
-    return json.loads(json.dumps(value, default=dataclasses.asdict))

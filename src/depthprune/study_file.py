@@ -6,7 +6,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -16,31 +16,12 @@ from transformers import PreTrainedModel
 
 from depthprune import embedded
 from depthprune.anatomy import architecture_of, unpruned_fingerprint
+from depthprune.configuration import check_config
 from depthprune.data.module import TextDataModule
 from depthprune.files import read_json, write_json
+from depthprune.report.results import STUDY_VERSION
 
-STUDY_VERSION = 1
 REMAINS = ("mean_updates.safetensors", "training")  # what a study without its results would wrongly go on with
-
-
-def check_config(folder: Path, what: str, saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Refuse to go on with results of another configuration.
-
-    Args:
-        folder: where they are.
-        what: they are, with its article.
-        saved: their configuration.
-        config: the present one.
-
-    Raises:
-        ValueError: the two differ.
-    """
-    differing = sorted(key for key in {*saved, *config} if saved.get(key) != config.get(key))
-    if differing:
-        raise ValueError(
-            f"{folder} holds {what} with another configuration ({', '.join(differing)} differ): name another output, "
-            "or remove it."
-        )
 
 
 class StudyFile:

@@ -10,6 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
+from depthprune.sites import PruningPlan
 from tests.command_line import STEPS, Workshop, fit_settings, read_checkpoint, run, scalars, write_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -89,11 +90,47 @@ def test_without_a_validation_there_is_no_row(workshop: Workshop, tmp_path: Path
     assert not [tag for tag in scalars_of(tmp_path) if "hp" in tag]
 
 
-def test_the_text_says_what_is_done(workshop: Workshop, carded: Path) -> None:
-    (event,) = events_in(carded).Tensors("run_card/text_summary")
-    lines = event.tensor_proto.string_val[0].decode().splitlines()
+def rows_of(folder: Path) -> list[list[str]]:
+    """The cells of the text's tables."""
+    (event,) = events_in(folder).Tensors("run_card/text_summary")
     assert event.step == 0
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line]
+    lines = event.tensor_proto.string_val[0].decode().splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line]
+
+
+@pytest.mark.parametrize(
+    ("model", "start", "parts"),
+    [
+        (
+            {"replacement": "healing", "options": {"rank": 2, "before": 0, "blocks": 1}},
+            "nothing in the removed sites",
+            {"block.3": 0, "(kept: attention.4)": 2 * (2 * 64 + 2 * 48), "(kept: mlp.4)": 2 * 3 * 80},
+        ),
+        (
+            {"replacement": "linear", "options": {}, "control": True},
+            "the unpruned model, to which nothing is added (a control)",
+            {"block.2": 33 * 32, "block.3": 33 * 32},
+        ),
+    ],
+)
+def test_the_text_of_healing_and_of_controls(
+    workshop: Workshop, tmp_path: Path, model: dict[str, Any], start: str, parts: dict[str, int]
+) -> None:
+    settings = settings_of(workshop, tmp_path)
+    PruningPlan.of("block.2", "block.3").save(tmp_path / "plan.json")
+    settings["model"] |= {**model, "plan": str(tmp_path / "plan.json")}
+    settings["trainer"] |= {"max_steps": 1, "limit_val_batches": 0, "callbacks": [CARD]}
+    assert run("fit", "--config", write_config(tmp_path / "fit.yaml", settings)) == 0
+    rows = rows_of(tmp_path)
+    facts = dict(row for row in rows if len(row) == 2)
+    assert facts["start"] == start
+    sizes = {row[0]: int(row[3].replace(",", "")) for row in rows[-len(parts) :]}
+    assert sizes == parts
+    assert facts["trained parameters"] == f"{sum(parts.values()):,}"
+
+
+def test_the_text_says_what_is_done(workshop: Workshop, carded: Path) -> None:
+    rows = rows_of(carded)
     facts = dict(row for row in rows if len(row) == 2)
     state = read_checkpoint(carded / "validated" / f"step={STEPS}.ckpt")["state_dict"]
     trained = {name: value.numel() for name, value in state.items() if name.endswith("weight")}

@@ -16,7 +16,10 @@ from depthprune.callbacks.updates import UpdateMonitor
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import TextSource
 from depthprune.loading import load
+from depthprune.recovery.carried import hooked
+from depthprune.recovery.updates import compare_updates
 from depthprune.sites import PruningPlan, Removal, Site
+from depthprune.surgery import install_slots, replacement_parameters, switched
 from tests import brute_force
 from tests.command_line import (
     STEPS,
@@ -28,6 +31,7 @@ from tests.command_line import (
     write_config,
 )
 from tests.test_two_processes import LAYOUTS, in_two_processes
+from tests.tiny_models import tiny_batch, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MONITOR = {"class_path": "depthprune.callbacks.updates.UpdateMonitor"}
@@ -226,6 +230,30 @@ def test_runs_of_blocks_and_refit_layers(workshop: Workshop, tmp_path: Path) -> 
     expected = compared(added, streams["block.2"][1] - streams["block.1"][0])
     for name, value in expected.items():
         assert list(found[f"5_updates/block.1/{name}"].values())[-1] == pytest.approx(value, rel=1e-4)
+
+
+def test_what_is_healed_before_the_first_cut_changes_what_replacements_read() -> None:
+    healing = Removal((Site(2, "block"),), "healing", {"rank": 2, "before": 1, "blocks": 1})
+    plan = PruningPlan((healing, Removal((Site(4, "block"),), "linear", {})))
+    model, batch, generator = tiny_model(), tiny_batch(), torch.Generator().manual_seed(0)
+    install_slots(model, plan)
+    for weight in replacement_parameters(model):
+        weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
+    seen: dict[str, Tensor] = {}
+    last: Any = brute_force.blocks_of(model)[4]
+
+    def keep(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        seen["read"] = args[0] if args else kwargs["hidden_states"]
+        seen["after"] = output[0] if isinstance(output, tuple) else output
+
+    with torch.no_grad(), hooked((last, "after", keep)):
+        with switched(model, "original"):
+            model(**batch)
+            removed = (seen["after"] - seen["read"]).flatten(0, 1)
+        model(**batch)
+    added = (seen["after"] - seen["read"]).flatten(0, 1)
+    found = compare_updates(model, plan, [batch])
+    assert found == {Site(4, "block"): pytest.approx(compared(added, removed), rel=1e-4)}
 
 
 def test_other_modules_are_refused() -> None:

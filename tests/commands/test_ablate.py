@@ -18,6 +18,7 @@ from depthprune.loading import load
 from depthprune.pruning import swapped
 from depthprune.recovery.closed_form import calibrate_on
 from depthprune.recovery.fitting import Fitting
+from depthprune.recovery.module import RecoveryModule
 from depthprune.report.ablation import rows
 from depthprune.sites import PruningPlan
 from depthprune.surgery import install_slots
@@ -206,6 +207,48 @@ def test_a_killed_run_goes_on(
     ours, theirs = results(tmp_path)["losses"], results(ablated)["losses"]
     for sample, label in ((sample, label) for sample in "01" for label in LABELS):
         assert ours[sample][label]["losses"] == theirs[sample][label]["losses"]
+
+
+def test_trainings_that_differ_in_the_weights_taken_are_one(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"steps": 4, "batch_size": 2, "validations": 2, "learning_rate": 0.01}
+    closed = {"replacement": "low_rank_adapter", "options": {"rank": 8}}
+    mixed = {**closed, "training": training}
+    rungs = {
+        "closed": closed,
+        "mixed": {**mixed, "sweep": {"interpolation": [0.0, 0.5, 1.0]}},
+        "chosen": {**mixed, "tune": {"interpolation": [0.0, 1.0]}},
+    }
+    command = settings(workshop, tmp_path, rungs=rungs, baseline="none", samples=1)
+    steps: list[int] = []
+    step = RecoveryModule.training_step
+
+    def counted(self: RecoveryModule, batch: Any, batch_idx: int) -> Any:
+        steps.append(self.global_step)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(RecoveryModule, "training_step", counted)
+    assert run(*command) == 130
+    assert run(*command) == 0
+    assert steps == [0, 1, 2, 3, 2, 3, *range(4)]  # killed, taken up again, and the control
+    content = results(tmp_path)
+    mine = content["losses"]["0"]
+    nats = {label: np.asarray(found["losses"]["news"]["nats"]) for label, found in mine.items()}
+    trained = "mixed interpolation 1.0"
+    np.testing.assert_allclose(nats["mixed interpolation 0.0"], nats["closed"], rtol=1e-6)
+    for other in ("closed", trained):
+        assert not np.allclose(nats["mixed interpolation 0.5"], nats[other], rtol=1e-4)
+    assert mine["chosen"]["settings"] == "interpolation 1.0"
+    assert content["tuned"]["chosen"]["interpolation 1.0"] == mine[trained]["curve"][-1]["news"]
+    np.testing.assert_array_equal(nats["chosen"], nats[trained])
+    about = [
+        {name: found[name] for name in ("curve", "seconds", "distance")} for found in mine.values() if "curve" in found
+    ]
+    assert len(about) == 4
+    assert all(found == about[0] for found in about)
 
 
 def test_refusals(ablated: Path, workshop: Workshop, tmp_path: Path) -> None:

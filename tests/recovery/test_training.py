@@ -69,7 +69,7 @@ def test_trains_and_leaves_the_model_as_it_was(
     assert about["trainable_parameters"] == 3 * 2 * 4 * WIDTH
     assert [point["step"] for point in about["curve"]] == [0, 2, 4, 6, 8]
     assert about["curve"][-1]["news"] < about["curve"][0]["news"]
-    last = about["last_quarter"]
+    last = about["last_part"]
     assert last["value"] == pytest.approx(about["curve"][-1]["news"] - about["curve"][-2]["news"])
     assert about["converged"] is (last["high"] >= 0)
     found = scalars(tmp_path / "tensorboard" / "one")

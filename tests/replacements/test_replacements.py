@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from depthprune.kept_layers import LayerChange
 from depthprune.replacements.base import Replacement
 from depthprune.replacements.constants import EmulatedUpdate
-from depthprune.replacements.maps import LowRankAdapter
+from depthprune.replacements.maps import LowRankAdapter, MapReplacement
 from depthprune.replacements.registry import REPLACEMENTS, build_replacement
 
 READ = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -108,3 +110,9 @@ def test_options_of_the_wrong_type(name: str, option: str, value: Any) -> None:
 def test_sources() -> None:
     assert EmulatedUpdate(8).source == "own"
     assert EmulatedUpdate(8, source="mean_later").source == "mean_later"
+
+
+@pytest.mark.parametrize(("base", "method"), [(MapReplacement, "singular_values"), (LayerChange, "changed")])
+def test_bases_stand_nowhere_themselves(base: type[nn.Module], method: str) -> None:
+    with pytest.raises(TypeError, match=f"abstract.*{method}"):
+        base(8)

@@ -10,6 +10,7 @@ import numpy as np
 
 from depthprune.evaluation.domains import DomainLoss
 from depthprune.influence.table import InfluenceTable
+from depthprune.report.results import STUDY_VERSION
 from depthprune.sites import KINDS, Fingerprint, Site
 
 BLOCKS = 30
@@ -87,7 +88,7 @@ def synthetic_study(
                 losses.setdefault(f"{name}/low_rank_adapter", {})[domain] = entry(domain, shifted(none, trained))
                 training[name] = _training(means, converged)
     study = {
-        "depthprune_study": 1,
+        "depthprune_study": STUDY_VERSION,
         "name": "synthetic",
         "command": "depthprune study --config configs/study/synthetic.yaml",
         "config": {
@@ -142,6 +143,6 @@ def _training(means: Mapping[str, tuple[float, float, float | None]], converged:
         "trainable_parameters": 110592,
         "learning_rate": 0.0005,
         "curve": curve,
-        "last_quarter": {"value": -0.05, "low": -0.08, "high": -0.02},
+        "last_part": {"value": -0.05, "low": -0.08, "high": -0.02},
         "converged": converged,
     }

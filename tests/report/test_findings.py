@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from depthprune.report.findings import Finding, findings
-from depthprune.report.results import StudyResults
+from depthprune.report.results import STUDY_VERSION, StudyResults
 from tests.report.synthetic_study import DOMAINS, REALISTIC, synthetic_study
 
 
@@ -98,7 +98,7 @@ def test_trained_against_emulated_follows_the_numbers(trained: float, near: str,
 def test_budget_and_control_are_named():
     short = finding(synthetic_study(), "In-domain").evidence
     assert sum("not converged at this budget" in line for line in short) == 3
-    assert "-0.050 [-0.080, -0.020]" in " ".join(short)
+    assert "since the validation before the last: -0.050 [-0.080, -0.020]" in " ".join(short)
     enough = finding(synthetic_study(converged=True), "In-domain").evidence
     assert not any("not converged" in line for line in enough)
     for evidence in (short, enough, finding(synthetic_study(), "On a distant domain").evidence):
@@ -130,7 +130,7 @@ def test_one_domain_of_two_is_only_in_part():
 
 
 def test_a_study_without_results_measures_nothing():
-    assert {item.verdict for item in findings({"depthprune_study": 1})} == {"not measured"}
+    assert {item.verdict for item in findings({"depthprune_study": STUDY_VERSION})} == {"not measured"}
 
 
 def test_single_document_is_never_a_finding():

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from depthprune.report.markdown import code_block, escaped, table
 from depthprune.report.render import console_table, render_report, result_table, write_report
+from depthprune.report.results import STUDY_VERSION
 from tests.report.synthetic_study import DOMAINS, synthetic_study
 
 
@@ -120,7 +121,7 @@ def test_unfinished_study_says_what_is_missing(tmp_path: Path):
 
 
 def test_a_study_that_has_only_begun():
-    text = render_report({"depthprune_study": 1, "name": "begun"})
+    text = render_report({"depthprune_study": STUDY_VERSION, "name": "begun"})
     assert text.startswith("# Depth pruning study: begun\n")
     assert "Still missing: the model; the texts; the influence of the sites; the plans; the losses." in text
     assert "**Not measured:**" in text

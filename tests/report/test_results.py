@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from depthprune.report.results import StudyResults, number_ranges
+from depthprune.report.results import STUDY_VERSION, StudyResults, number_ranges
 from tests.report.synthetic_study import REALISTIC, synthetic_study
 
 
@@ -84,12 +84,12 @@ def test_a_study_that_trains_nothing_lacks_nothing():
     assert StudyResults.of(study).missing() == []
 
 
-@pytest.mark.parametrize("study", [{}, {"depthprune_study": 2}, {"depthprune_plan": 1}])
+@pytest.mark.parametrize("study", [{}, {"depthprune_study": STUDY_VERSION - 1}, {"depthprune_plan": 1}])
 def test_other_files_are_refused(study: dict[str, int]):
-    with pytest.raises(ValueError, match="not a study of version 1"):
+    with pytest.raises(ValueError, match=f"not a study of version {STUDY_VERSION}"):
         StudyResults.of(study)
 
 
 def test_damaged_studies_are_refused():
     with pytest.raises(ValueError, match="damaged"):
-        StudyResults.of({"depthprune_study": 1, "losses": {"unpruned": {"xsum": {"nats": [1.0]}}}})
+        StudyResults.of({"depthprune_study": STUDY_VERSION, "losses": {"unpruned": {"xsum": {"nats": [1.0]}}}})

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
+from depthprune.report.ablation import ablation_figure
 from depthprune.report.sweeps import forgetting_figure, front, sweep_figures, trainings
 
 DOCUMENTS = 6
@@ -61,6 +63,20 @@ def test_trainings_as_learning_and_forgetting() -> None:
     (point,) = right.lines
     assert (*point.get_xdata(), *point.get_ydata()) == pytest.approx((0.25, 0.2))  # type: ignore[misc]
     assert forgetting_figure(content(("news",))) is None
+
+
+def test_names_are_not_mathematics() -> None:
+    data = content()
+    for found in data["losses"].values():
+        found["$x{$"] = found["adapter rank 32"]
+    data["settings"] = {"$x{$": {"$x{$": {"rank": 2}, "adapter rank 32": {"rank": 32}}}
+    figures = [ablation_figure(data), forgetting_figure(data), *sweep_figures(data).values()]
+    assert len(figures) == 3
+    for figure in figures:
+        assert figure is not None
+        figure.canvas.draw()
+        texts = [text.get_text() for text in figure.findobj(Text)]
+        assert r"\$x{\$" in texts
 
 
 def test_the_front_holds_what_no_other_beats() -> None:

@@ -10,6 +10,7 @@ from lightning import LightningModule, Trainer
 
 from depthprune.callbacks.boards import boards, log_start, write_text
 from depthprune.callbacks.monitor import RecoveryMonitor, in_training
+from depthprune.data.module import TRAIN
 from depthprune.evaluation.domains import DomainLoss
 from depthprune.recovery.module import RecoveryModule
 
@@ -106,7 +107,7 @@ class ForgettingMonitor(RecoveryMonitor):
 def domain_loaders(trainer: Trainer) -> dict[str, Any]:
     """The validation loaders of held-out domains: all but the training documents scored again."""
     loaders = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-    return {name: loader for name, loader in loaders.items() if name != "train"}
+    return {name: loader for name, loader in loaders.items() if name != TRAIN}
 
 
 def add_layout(trainer: Trainer, domains: list[str], damaged: list[str]) -> None:

@@ -10,6 +10,7 @@ from lightning import LightningModule, Trainer
 
 from depthprune.callbacks.boards import log_start
 from depthprune.callbacks.monitor import RecoveryMonitor, in_training
+from depthprune.data.module import TRAIN
 from depthprune.evaluation.domains import DomainLoss, Interval, rise_apart
 from depthprune.recovery.module import RecoveryModule
 
@@ -76,7 +77,7 @@ class OverfittingMonitor(RecoveryMonitor):
         pl_module.log_dict(self._figures(pl_module, pl_module.domain_losses()), sync_dist=True)
 
     def _figures(self, pl_module: RecoveryModule, losses: dict[str, DomainLoss]) -> dict[str, float]:
-        now = Scores(pl_module.global_step, losses["train"], losses[self._domain(losses)])
+        now = Scores(pl_module.global_step, losses[TRAIN], losses[self._domain(losses)])
         training, validation = now.training.loss, now.validation.loss
         self.start = self.start or {"training": training, "validation": validation}
         if self.lowest is None or validation < self.lowest.validation.loss:
@@ -104,7 +105,7 @@ class OverfittingMonitor(RecoveryMonitor):
         return {f"1_overfitting/{name}": value for name, value in figures.items()}
 
     def _domain(self, names: Any) -> str:
-        known = [name for name in names if name != "train"]
+        known = [name for name in names if name != TRAIN]
         if self.domain is not None and self.domain not in known:
             raise ValueError(f"OverfittingMonitor's domain {self.domain!r} is none of the data's: {', '.join(known)}.")
         return self.domain or known[0]

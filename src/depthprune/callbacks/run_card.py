@@ -104,7 +104,7 @@ def describe_run(trainer: Trainer, pl_module: RecoveryModule) -> str:
         "base": f"{pl_module.hparams['base']} ({str(model.dtype).removeprefix('torch.')})",
         "removed": removed_in_words(pl_module),
         "trained parameters": f"{sum(trained.values()):,}",
-        "start": f"closed form, {pl_module.fitting.order}" if pl_module.fitting else "the mean update alone",
+        "start": start_in_words(pl_module),
         "objective": objective_in_words(pl_module),
         "optimizer": f"{type(trainer.optimizers[0]).__name__}, learning rate {learning_rate(trainer):g}",
         "steps": trainer.max_steps if trainer.max_steps > 0 else f"those of {trainer.max_epochs} epochs",
@@ -118,7 +118,9 @@ def describe_run(trainer: Trainer, pl_module: RecoveryModule) -> str:
         sites = ", ".join(map(str, removal.sites))
         options = ", ".join(f"{name}: {value}" for name, value in removal.options.items())
         lines.append(f"| {sites} | {removal.replacement} | {options} | {trained.pop(removal.sites[0], 0):,} |")
-    lines += [f"| (kept: {site}) | its output layer, solved anew | | {size:,} |" for site, size in trained.items()]
+    is_healing = any(removal.replacement == "healing" for removal in plan.removals)
+    change = "its linear layers, healed" if is_healing else "its output layer, solved anew"
+    lines += [f"| (kept: {site}) | {change} | | {size:,} |" for site, size in trained.items()]
     return "\n".join(lines)
 
 
@@ -126,6 +128,15 @@ def removed_in_words(pl_module: RecoveryModule) -> str:
     """How many sites of each kind are removed, such as ``"2 blocks, 1 attention"``."""
     counts = Counter(site.kind for site in pl_module.plan.sites)
     return ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items())
+
+
+def start_in_words(pl_module: RecoveryModule) -> str:
+    """What training starts from."""
+    if pl_module.hparams["control"]:
+        return "the unpruned model, to which nothing is added (a control)"
+    if all(removal.replacement == "healing" for removal in pl_module.plan.removals):
+        return "nothing in the removed sites"
+    return f"closed form, {pl_module.fitting.order}" if pl_module.fitting else "the mean update alone"
 
 
 def objective_in_words(pl_module: RecoveryModule) -> str:

@@ -33,8 +33,8 @@ class UpdateMonitor(RecoveryMonitor):
 
     - ``5_updates/SITE/effective_rank``, ``map_norm``: of a map (see :func:`~depthprune.recovery.updates.spectrum`).
     - ``5_updates/SITE/distance``: how far the trained weights are from their start, over the norm of the start (of a
-      start of zeros, the distance itself); also of layers that are refit, which have nothing else to compare.
-      ``5_updates/distance`` is that of all together.
+      start of zeros, the distance itself); also of attentions and MLPs that are refit or healed, which have nothing
+      else to compare. ``5_updates/distance`` is that of all together.
 
     Before the first step, figures in TensorBoard show what a constant and maps of each rank can explain of each removed
     update at best, and how alike the mean updates of all sites of a kind are (see

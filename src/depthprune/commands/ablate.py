@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from depthprune.anatomy import unpruned_fingerprint
+from depthprune.configuration import as_data, check_config
 from depthprune.data.batches import Batches
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
-from depthprune.evaluation.domains import document_loss
+from depthprune.evaluation.domains import DomainLoss, domain_losses
 from depthprune.figures import write_figures
 from depthprune.files import make_folder, only_writer, read_json, write_json, write_text
 from depthprune.loading import load
@@ -30,10 +30,9 @@ from depthprune.recovery.ladder import Rung, climbed
 from depthprune.report.ablation import BARE, UNPRUNED, ablation_figure, console_table, report
 from depthprune.report.sweeps import forgetting_figure, sweep_figures
 from depthprune.sites import PruningPlan
-from depthprune.study_file import check_config
 from depthprune.surgery import check_plan, install_slots, remove_slots, switched
 
-VERSION = 2
+VERSION = 3
 RESULTS = "ablation.json"
 
 
@@ -85,9 +84,7 @@ def ablate(
         revision: branch, tag or commit on the hub.
         accelerator: as in Lightning: auto, cpu, gpu.
     """
-    config = json.loads(
-        json.dumps({key: value for key, value in locals().items() if key != "output"}, default=dataclasses.asdict)
-    )
+    config = as_data(locals())
     chosen = {label: each for name, rung in rungs.items() for label, each in rung.swept(name).items()}
     if taken := {UNPRUNED, BARE} & set(chosen):
         raise ValueError(f"A rung cannot be named {', '.join(taken)}, which is always measured: choose another name.")
@@ -109,7 +106,7 @@ def ablate(
         content["weights"] = unpruned_fingerprint(causal_lm).weights
         content["starts"] = {label: start for label in chosen if (start := _start(label, chosen))}
         content["settings"] = {name: rung.settings(name) for name, rung in rungs.items()}
-        run = _Run(causal_lm, sites, folder, content)
+        run = _Run(causal_lm, sites, chosen, folder, content)
         todo = [
             (sample, label)
             for sample in range(samples)
@@ -121,7 +118,7 @@ def ablate(
         for sample, label in tracked(todo, "Rungs"):
             if sample not in data:
                 data = {sample: _sample(config, text, domains, sample)}
-            measured = run.measure(label, chosen.get(label), sample, data[sample])
+            measured = run.measure(label, sample, data[sample])
             content["losses"].setdefault(str(sample), {})[label] = measured
             run.save()
         shutil.rmtree(folder / "training", ignore_errors=True)  # everything is measured
@@ -138,6 +135,7 @@ class _Run:
 
     causal_lm: PreTrainedModel
     sites: PruningPlan
+    chosen: dict[str, Rung]
     folder: Path
     content: dict[str, Any]
 
@@ -145,45 +143,58 @@ class _Run:
         """Write down the results so far."""
         write_json(self.folder / RESULTS, self.content)
 
-    def measure(self, label: str, rung: Rung | None, sample: int, data: TextDataModule) -> dict[str, Any]:
+    def measure(self, label: str, sample: int, data: TextDataModule) -> dict[str, Any]:
         """What is put down about one rung on one sample; first the settings that the tune text chooses are chosen."""
         loaders = data.test_dataloader()
-        if rung is None:
+        if label not in self.chosen:
             install_slots(self.causal_lm, self.sites.with_replacement("none"))
             try:
                 with switched(self.causal_lm, "original" if label == UNPRUNED else "none"):
                     return {"seconds": 0.0, "parameters": 0, "losses": self._losses(loaders)}
             finally:
                 remove_slots(self.causal_lm)
-        candidates = rung.candidates(label)
+        candidates = self.chosen[label].candidates(label)
         name = next(iter(candidates)) if len(candidates) == 1 else self._tuned(label, candidates, sample, data)
-        rung, run = candidates[name], _run_name(label, sample, name)
-        about = self._climb(rung, data, run, loaders)  # where it was tuned on this sample, it is trained already
+        rung = candidates[name]
+        about = self._climb(rung, sample, data, loaders)
         if self.content["config"]["controls"] and rung.training:
-            about["control"] = self._climb(rung, data, f"{run}-control", loaders, control=True)["losses"]
+            about["control"] = self._climb(rung, sample, data, loaders, control=True)["losses"]
         return {"settings": name, **about}
 
     def _tuned(self, label: str, candidates: Mapping[str, Rung], sample: int, data: TextDataModule) -> str:
         """The candidate with the lowest in-domain loss on the tune text, on the first sample."""
         found = self.content["tuned"].setdefault(label, {})
         domain = next(iter(data.domains))
+        tune = {domain: data.val_dataloader()[domain]}
         for name, candidate in candidates.items():
             if name not in found:
-                about = self._climb(candidate, data, _run_name(label, sample, name), {})
-                found[name] = about["curve"][-1][domain]
+                about = self._climb(candidate, sample, data, tune)
+                found[name] = DomainLoss.from_dict(about["losses"][domain]).loss
                 self.save()
         return min(candidates, key=lambda name: found[name])
 
     def _climb(
-        self, rung: Rung, data: TextDataModule, name: str, loaders: Mapping[str, Batches], control: bool = False
+        self, rung: Rung, sample: int, data: TextDataModule, loaders: Mapping[str, Batches], control: bool = False
     ) -> dict[str, Any]:
+        """Find a rung's replacements and measure them; a training that is finished already is taken as it is."""
         plan, seed = rung.plan(self.sites), self.content["config"]["seed"]
-        with climbed(self.causal_lm, plan, data, rung, self.folder, name, seed, control=control) as about:
-            return {**about, "seconds": round(about["seconds"], 1), "losses": self._losses(loaders)}
+        run = self._run_name(rung, sample) + ("-control" if control else "")
+        with climbed(self.causal_lm, plan, data, rung, self.folder, run, seed, control=control) as about:
+            seconds = self.content["seconds"].setdefault(run, round(about["seconds"], 1))
+            return {**about, "seconds": seconds, "losses": self._losses(loaders)}
+
+    def _run_name(self, rung: Rung, sample: int) -> str:
+        """Where the checkpoints and event files of a training go: they are named by the first rung that shares it."""
+        label, name = next(
+            (label, name)
+            for label, each in self.chosen.items()
+            for name, candidate in each.candidates(label).items()
+            if candidate.whole_training() == rung.whole_training()
+        )
+        return "/".join(filter(None, (slug(label), str(sample), slug(name))))
 
     def _losses(self, loaders: Mapping[str, Batches]) -> dict[str, Any]:
-        parts = loaders.items()
-        return {name: document_loss(self.causal_lm, part, part.document_count).to_dict() for name, part in parts}
+        return {domain: loss.to_dict() for domain, loss in domain_losses(self.causal_lm, loaders).items()}
 
 
 def _figures(content: Mapping[str, Any]) -> dict[str, tuple[str, Figure]]:
@@ -205,11 +216,6 @@ def _start(label: str, chosen: Mapping[str, Rung]) -> str | None:
     return next((other for other, rung in chosen.items() if rung == closed), None)
 
 
-def _run_name(label: str, sample: int, candidate: str) -> str:
-    """Where the checkpoints and event files of a training go."""
-    return "/".join(filter(None, (slug(label), str(sample), slug(candidate))))
-
-
 def _opened(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The results so far.
 
@@ -217,7 +223,7 @@ def _opened(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         ValueError: the file holds those of another configuration.
     """
     if not path.exists():
-        return {"depthprune_ablation": VERSION, "config": config, "tuned": {}, "losses": {}}
+        return {"depthprune_ablation": VERSION, "config": config, "tuned": {}, "seconds": {}, "losses": {}}
     content = read_json(path, "an ablation's results")
     if not isinstance(content, dict) or content.get("depthprune_ablation") != VERSION:
         raise ValueError(f"{path} is no ablation of this version: remove it, or name another output.")

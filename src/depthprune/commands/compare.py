@@ -13,9 +13,9 @@ from rich.table import Table
 from depthprune.figures import write_figure
 from depthprune.files import make_folder, write_json
 from depthprune.influence.agreement import COEFFICIENTS, correlation, overlap
-from depthprune.influence.figures import PLURALS, matrix_figure
+from depthprune.influence.figures import matrix_figure
 from depthprune.influence.table import InfluenceTable
-from depthprune.sites import KINDS, Site
+from depthprune.sites import KINDS, PLURALS, Site
 
 FIRST = (3, 6, 10)
 

@@ -16,15 +16,17 @@ from depthprune.data.module import one_text
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
 from depthprune.evaluation.curve import UNPRUNED, first_sites, variant_losses
-from depthprune.evaluation.domains import Interval
+from depthprune.evaluation.domains import Interval, is_quick
 from depthprune.figures import write_figures
 from depthprune.files import make_folder, only_writer, write_json, write_text
-from depthprune.influence.figures import PLURALS, curve_figure
+from depthprune.influence.figures import curve_figure
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
 from depthprune.progress import tracked
+from depthprune.report.markdown import gap_text, starred
 from depthprune.report.markdown import table as markdown_table
 from depthprune.saved_sums import SavedSums
+from depthprune.sites import PLURALS
 
 VERSION = 1
 
@@ -143,7 +145,7 @@ def report(content: dict[str, Any]) -> str:
         "the removed places. Intervals are 95%, by bootstrap over documents, paired; * where the interval of the "
         "difference to the best metric excludes 0.",
     ]
-    if content["documents"] < 200 or content["tokens"] < 50_000:
+    if is_quick(content["documents"], content["tokens"]):
         parts.append("This is a quick run: fewer than 200 documents or 50k tokens.")
     parts.append("![Held-out loss by number of sites removed](curve.png)")
     keys = dict.fromkeys((row["kind"], row["removed"]) for row in content["rows"])
@@ -153,8 +155,8 @@ def report(content: dict[str, Any]) -> str:
             [
                 row["metric"],
                 f"{row['loss']:.3f}",
-                _shown(row["above_unpruned"]),
-                "best" if row["metric"] == row["best"] else _shown(row["above_best"]) + _star(row["above_best"]),
+                gap_text(Interval.from_dict(row["above_unpruned"])),
+                "best" if row["metric"] == row["best"] else starred(Interval.from_dict(row["above_best"])),
                 ", ".join(site.split(".")[1] for site in row["sites"]),
             ]
             for row in sorted(rows, key=lambda row: row["loss"])
@@ -179,12 +181,3 @@ def _console(rows: Sequence[dict[str, Any]]) -> Table:
         ]
         table.add_row(metric, *shown)
     return table
-
-
-def _shown(gap: dict[str, float | None]) -> str:
-    interval = Interval.from_dict(gap)
-    return f"{interval.value:+.3f} [{interval.low:.3f}, {interval.high:.3f}]"
-
-
-def _star(gap: dict[str, float | None]) -> str:
-    return " *" if Interval.from_dict(gap).excludes_zero else ""

@@ -6,7 +6,6 @@ unpruned model writes itself lies nearer to its distribution than a text by othe
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import warnings
@@ -21,6 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from depthprune.anatomy import unpruned_fingerprint
+from depthprune.configuration import as_data, check_config
 from depthprune.data.opening import open_text
 from depthprune.data.packing import PackingSpec
 from depthprune.data.text import Document, RoleShares, Text, TextSource, role_documents
@@ -29,7 +29,6 @@ from depthprune.files import make_folder, only_writer, read_json, write_json
 from depthprune.head import input_device
 from depthprune.loading import load
 from depthprune.progress import tracked
-from depthprune.study_file import check_config
 
 VERSION = 1
 
@@ -72,8 +71,8 @@ def generate(
         revision: branch, tag or commit on the hub.
         accelerator: as in Lightning: auto, cpu, gpu.
     """
-    config = json.loads(json.dumps(locals(), default=dataclasses.asdict))
-    path = _checked(config)
+    config = as_data(locals())
+    path = _checked(output, config)
     with only_writer(make_folder(path.parent), "generate"):
         opened = open_text(text)
         fabric = start_fabric(accelerator)
@@ -100,11 +99,11 @@ def generate(
     print(f"Next: depthprune fit --config FILE --data.text.path {path} --data.text.group_column group")
 
 
-def _checked(config: dict[str, Any]) -> Path:
+def _checked(output: str, config: dict[str, Any]) -> Path:
     """The path of the output.
 
     Raises:
-        ValueError: a setting is out of range.
+        ValueError: it is no file of JSON lines, or a setting is out of range.
     """
     for name in ("prompts", "prompt_tokens", "new_tokens", "batch_size"):
         if config[name] < 1:
@@ -115,7 +114,7 @@ def _checked(config: dict[str, Any]) -> Path:
         raise ValueError(f"top_p is {config['top_p']}: set it above 0 and up to 1.")
     if config["text"]["chat"]:
         raise ValueError("Prompts are taken from plain text: leave text.chat out.")
-    path = Path(config.pop("output")).expanduser()
+    path = Path(output).expanduser()
     if path.suffix != ".jsonl" or path.is_dir():
         raise ValueError(f"The output {path} is no file with the ending .jsonl: name one, such as checkpoints/x.jsonl.")
     return path

@@ -14,9 +14,17 @@ from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
+from depthprune.data.batches import Batches
 from depthprune.head import Batch, evaluating, input_device, on_device, predicted_mask, token_losses
 
 RESAMPLES = 2000
+HEADLINE_DOCUMENTS = 200
+HEADLINE_TOKENS = 50_000
+
+
+def is_quick(documents: int, tokens: int) -> bool:
+    """Whether there is too little test text for a headline figure: intervals over few documents are rough."""
+    return documents < HEADLINE_DOCUMENTS or tokens < HEADLINE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -231,3 +239,13 @@ def document_loss(model: PreTrainedModel, batches: Iterable[Batch], documents: i
         for batch in on_device(batches, model):
             metric.update(token_losses(model, batch), batch)
     return metric.domain_loss()
+
+
+def domain_losses(model: PreTrainedModel, loaders: Mapping[str, Batches]) -> dict[str, DomainLoss]:
+    """The loss of a model, as it is switched, on each domain.
+
+    Args:
+        model: the model.
+        loaders: batches by domain.
+    """
+    return {domain: document_loss(model, loader, loader.document_count) for domain, loader in loaders.items()}

@@ -14,12 +14,12 @@ from depthprune.influence.agreement import agreement
 from depthprune.influence.table import InfluenceTable
 from depthprune.names import unknown_name
 from depthprune.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, errors, legend, new_figure, plain, tidy
+from depthprune.sites import PLURALS
 
 LOG_SPREAD = 30.0  # a log axis where the largest value is over so many times the smallest
 KIND_STYLES = {"block": (BLUE, "o"), "attention": (ORANGE, "^"), "mlp": (GREEN, "s")}
 CURVE_COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, GREY)
 CURVE_MARKERS = ("o", "^", "s", "D", "v", "P", "X")
-PLURALS = {"block": "blocks", "attention": "attentions", "mlp": "MLPs"}
 
 UNITS = {
     "cosine": "1 − cosine (no unit)",

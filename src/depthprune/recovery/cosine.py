@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from depthprune.recovery.regression import AffineMap
+from depthprune.shards import pooled
 
 STEPS = 10  # of L-BFGS between two looks at the held-out text
 LOOKS = 40  # at most
@@ -70,7 +71,7 @@ def cosine_map(fit: Sequence[Tokens], tune: Sequence[Tokens], start: AffineMap, 
     optimizer = torch.optim.LBFGS(
         parameters, max_iter=STEPS, tolerance_grad=0.0, tolerance_change=0.0, line_search_fn="strong_wolfe"
     )
-    count = _pooled([weight.new_tensor(sum(len(part.inputs) for part in fit))])[0]
+    (count,) = pooled(weight.new_tensor(sum(len(part.inputs) for part in fit)))
 
     def mean_distance() -> Tensor:
         optimizer.zero_grad()
@@ -80,8 +81,8 @@ def cosine_map(fit: Sequence[Tokens], tune: Sequence[Tokens], start: AffineMap, 
                 distance = cosine_distance(part, *parameters) / count
                 distance.backward()
             total += distance.detach()
-        pooled = _pooled([total, *(parameter.grad for parameter in parameters if parameter.grad is not None)])
-        return pooled[0]
+        pooled(total, *(parameter.grad for parameter in parameters if parameter.grad is not None))
+        return total
 
     before = _mean(tune, [torch.zeros_like(parameter) for parameter in parameters])
     lowest, best, waited = float("inf"), [parameter.detach().clone() for parameter in parameters], 0
@@ -106,13 +107,5 @@ def _mean(parts: Sequence[Tokens], parameters: Sequence[Tensor]) -> float:
         distances = [cosine_distance(part, *parameters) for part in parts]
     total = torch.stack(distances).sum() if distances else parameters[0].new_zeros((), dtype=torch.float64)
     count = total.new_tensor(sum(len(part.inputs) for part in parts))
-    summed = _pooled([total, count])
-    return float(summed[0] / summed[1])
-
-
-def _pooled(tensors: list[Tensor]) -> list[Tensor]:
-    """Tensors summed over all processes, in place."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)
-    return tensors
+    pooled(total, count)
+    return float(total / count)

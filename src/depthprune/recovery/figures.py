@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from depthprune.influence.figures import CURVE_MARKERS, PLURALS
+from depthprune.influence.figures import CURVE_MARKERS
 from depthprune.plotting import legend, new_figure, tidy
 from depthprune.recovery.explained import Explained
-from depthprune.sites import Site
+from depthprune.sites import PLURALS, Site
 
 MAP = ListedColormap(matplotlib.colormaps["viridis"](range(230)))  # from shallow to deep; the end is too light
 CONSTANT = 0.6  # where the constant stands on the axis of ranks, which has no place for 0

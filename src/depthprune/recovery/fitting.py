@@ -99,7 +99,6 @@ def fit_maps(
     standing = [removal for removal in plan.removals if slots[removal.sites[0]].replacement is not None]
     solved_here = [removal for removal in standing if is_fitted(removal.replacement, removal.options)]
     waiting: list[Removal | Writer] = [*solved_here, *writers(anatomy, plan)]
-    refit = {item.site.index for item in waiting if isinstance(item, Writer)}
     found: dict[Site, AffineMap] = {}
     with evaluating(model):
         texts = carry(model, batches), carry(model, held_out)
@@ -121,9 +120,8 @@ def fit_maps(
                 found[_site(item)] = solved
             if not waiting:
                 break
-            is_changed = bool(segment.removals) or anatomy.kept_blocks[segment.places[0]] in refit
             for batch, streams in chain(*parts):
-                pass_segment(anatomy, segment, batch, streams.after, is_changed)
+                pass_segment(anatomy, segment, batch, streams.after)
     return found
 
 

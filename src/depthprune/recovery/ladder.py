@@ -95,6 +95,11 @@ class Rung:
             for pairs in _combined(name, self.tune)
         }
 
+    def whole_training(self) -> Rung:
+        """This rung with the trained weights taken as they are: rungs that have it in common are trained once."""
+        whole = self.training and dataclasses.replace(self.training, interpolation=1.0)
+        return dataclasses.replace(self, training=whole)
+
     def _with(self, name: str, pairs: Mapping[str, Any]) -> Rung:
         """This rung with other values of some settings."""
         of_training = [each.name for each in dataclasses.fields(Training)]

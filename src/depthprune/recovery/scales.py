@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from depthprune.head import Batch, evaluating, on_device, predicted_mask, token_losses
 from depthprune.replacements.constants import ScaledUpdate
-from depthprune.shards import assign
+from depthprune.shards import assign, pooled
 from depthprune.sites import PruningPlan
 from depthprune.surgery import site_slots, switched
 
@@ -82,8 +82,6 @@ def _loss_and_slopes(
             slopes = torch.autograd.grad(losses.sum(), parameters)
         parts = [losses.detach().sum(), torch.tensor(losses.numel()), *(slope.sum() for slope in slopes)]
         sums += torch.stack([part.double().cpu() for part in parts])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        pooled = sums.to(parameters[0].device)
-        torch.distributed.all_reduce(pooled)
-        sums = pooled.cpu()
+    (whole_sums,) = pooled(sums.to(parameters[0].device))
+    sums = whole_sums.cpu()
     return float(sums[0] / sums[1]), (sums[2:] / sums[1]).numpy()

@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from depthprune.anatomy import Anatomy
+from depthprune.healing import healed_sites
 from depthprune.recovery.carried import CarriedBatch, hooked, through
+from depthprune.refit import writers
 from depthprune.sites import PruningPlan, Removal, Site
 
 
@@ -21,10 +23,12 @@ class Segment:
     Attributes:
         places: where they are in the list of blocks.
         removals: what is removed of them, in depth order.
+        is_changed: whether they are others in the pruned model: something is removed, refit or healed.
     """
 
     places: tuple[int, ...]
     removals: tuple[Removal, ...]
+    is_changed: bool
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,14 @@ def segments(anatomy: Anatomy, plan: PruningPlan) -> Iterator[Segment]:
     starts: dict[int, list[Removal]] = {}
     for removal in plan.removals:
         starts.setdefault(removal.sites[0].index, []).append(removal)
+    changed = {writer.site.index for writer in writers(anatomy, plan)}
+    changed |= {site.index for site in healed_sites(anatomy, plan)}
     place = 0
     while place < len(anatomy.kept_blocks):
-        removals = tuple(starts.get(anatomy.kept_blocks[place], ()))
+        index = anatomy.kept_blocks[place]
+        removals = tuple(starts.get(index, ()))
         length = max((len(removal.sites) for removal in removals), default=1)
-        yield Segment(tuple(range(place, place + length)), removals)
+        yield Segment(tuple(range(place, place + length)), removals, bool(removals) or index in changed)
         place += length
 
 
@@ -71,18 +78,16 @@ def unpruned_streams(anatomy: Anatomy, segment: Segment, batch: CarriedBatch) ->
     return Streams(before, before + kept["update"].view_as(before) if kept else None, after)
 
 
-def pass_segment(anatomy: Anatomy, segment: Segment, batch: CarriedBatch, after: Tensor, is_changed: bool) -> None:
-    """Let a batch pass a segment.
+def pass_segment(anatomy: Anatomy, segment: Segment, batch: CarriedBatch, after: Tensor) -> None:
+    """Let a batch pass a segment, which is run once as long as the pruned model is the unpruned one.
 
     Args:
         anatomy: of the model.
         segment: the segment that the batch stands before.
         batch: the batch.
         after: the unpruned stream after the segment, ``(B, T, D)``.
-        is_changed: whether the segment is another one in the pruned model; if not, it is run once as long as both
-            models are the same.
     """
-    if is_changed or batch.pruned is not batch.unpruned:
+    if segment.is_changed or batch.pruned is not batch.unpruned:
         batch.pruned = through(anatomy, segment.places, batch, batch.pruned, "replacement")
     else:
         batch.pruned = after

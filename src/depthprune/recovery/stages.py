@@ -39,7 +39,8 @@ def stages_of(plan: PruningPlan, strategy: str) -> tuple[Stage, ...]:
     are there.
 
     Raises:
-        ValueError: there is no such strategy, or the plan refits layers, which belong to no single removal.
+        ValueError: there is no such strategy, or the plan refits or heals layers, which belong to no single
+            removal.
     """
     if strategy not in STRATEGIES:
         raise unknown_name("strategy of training", strategy, STRATEGIES)
@@ -47,8 +48,11 @@ def stages_of(plan: PruningPlan, strategy: str) -> tuple[Stage, ...]:
     everything = tuple(range(count))
     if strategy == "joint":
         return (Stage(everything, everything),)
-    if any(removal.replacement == "refit" for removal in plan.removals):
-        raise ValueError(f"The layers that a refit trains belong to no single removal: set {strategy} to joint.")
+    for removal in plan.removals:
+        if removal.replacement in ("refit", "healing"):
+            raise ValueError(
+                f"The layers that {removal.replacement} trains belong to no single removal: set {strategy} to joint."
+            )
     if strategy == "independent":
         return tuple(Stage((number,), (number,)) for number in everything)
     grown = [everything[: number + 1] for number in everything]

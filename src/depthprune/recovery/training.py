@@ -117,7 +117,9 @@ def train(
         logger: takes what the monitors log.
 
     Returns:
-        What is put down about the run.
+        What is put down about the run: its size, the learning curve, ``last_part``, how the in-domain loss changed
+        since the validation before the last, and ``converged``, whether that is no fall beyond noise. All of it is of
+        the trained weights, whichever are taken in the end.
     """
     text = copy.copy(data)  # with what it has packed so far
     text.batch_size = training.batch_size
@@ -140,9 +142,10 @@ def train(
         callbacks=[recorder, OverfittingMonitor(), ForgettingMonitor(), RunCard(), LastCheckpoint(folder), StepsBar()],
     )
     trainer.fit(module, datamodule=text, ckpt_path=str(last) if last.exists() else None)
+    about = _describe(module, recorder, training, data)
     if training.interpolation != 1:
         pull(module.causal_lm, module.start_weights, 1 - training.interpolation)
-    return _describe(module, recorder, training, data)
+    return about
 
 
 def _describe(
@@ -161,7 +164,7 @@ def _describe(
             {"step": step, **{domain: loss.loss for domain, loss in losses.items()}}
             for step, losses in sorted(recorder.history.items())
         ],
-        "last_quarter": last_part.to_dict(),
+        "last_part": last_part.to_dict(),
         "converged": not last_part.high < 0,
     }
 

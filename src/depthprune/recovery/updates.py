@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from depthprune.anatomy import Anatomy
 from depthprune.head import Batch, evaluating, input_device
+from depthprune.healing import healed_sites
 from depthprune.recovery.carried import CarriedBatch, carry, hooked
 from depthprune.recovery.segments import Segment, pass_segment, segments, unpruned_streams
-from depthprune.refit import layers, writers
+from depthprune.refit import layers
 from depthprune.replacements.base import Replacement
 from depthprune.replacements.maps import MapReplacement
 from depthprune.sites import PruningPlan, Site
@@ -70,15 +71,18 @@ def standing(model: PreTrainedModel, plan: PruningPlan) -> dict[Site, Replacemen
 
 
 def trained_names(model: PreTrainedModel, plan: PruningPlan) -> dict[Site, list[str]]:
-    """The names of the replacements' parameters, by their removal's first site or by the layer's that is refit."""
+    """The names of all that is trained, by the removal's first site or the attention or MLP that is refit or healed."""
+    anatomy = Anatomy.of(model)
     slots = {id(slot): site for site, slot in site_slots(model, plan).items()}
-    slots |= {id(layer): site for site, layer in layers(Anatomy.of(model), plan).items()}
+    slots |= {id(layer): site for site, layer in layers(anatomy, plan).items()}
+    for site in healed_sites(anatomy, plan):
+        slots |= {id(module): site for part in anatomy.chain(site) for module in part.modules()}
     found: dict[Site, list[str]] = {}
     for path, module in model.named_modules():
         if id(module) in slots:
-            own = [name for name, _ in module.named_parameters() if name.startswith("replacement.")]
+            own = [f"{path}.{name}" for name, _ in module.named_parameters() if name.startswith("replacement.")]
             if own:
-                found[slots[id(module)]] = [f"{path}.{name}" for name in own]
+                found.setdefault(slots[id(module)], []).extend(own)
     return found
 
 
@@ -104,15 +108,13 @@ def compare_updates(
     """
     anatomy = Anatomy.of(model)
     replacements = standing(model, plan)
-    refit = {writer.site.index for writer in writers(anatomy, plan)}
     metric = UpdateSums(tuple(replacements)).to(input_device(model))
     passed = _up_to_last(segments(anatomy, plan), set(replacements))
     with evaluating(model):
         for batch in batches:
             (carried,) = carry(model, [batch])
             for segment in passed:
-                is_changed = bool(segment.removals) or anatomy.kept_blocks[segment.places[0]] in refit
-                _compare_in(anatomy, segment, carried, is_changed, replacements, metric)
+                _compare_in(anatomy, segment, carried, replacements, metric)
     return metric.figures()
 
 
@@ -130,7 +132,6 @@ def _compare_in(
     anatomy: Anatomy,
     segment: Segment,
     batch: CarriedBatch,
-    is_changed: bool,
     replacements: dict[Site, Replacement],
     metric: UpdateSums,
 ) -> None:
@@ -146,7 +147,7 @@ def _compare_in(
 
     streams = unpruned_streams(anatomy, segment, batch)
     with hooked(*((replacements[site], "after", keep(site)) for site in here)):
-        pass_segment(anatomy, segment, batch, streams.after, is_changed)
+        pass_segment(anatomy, segment, batch, streams.after)
     for site in here:
         before, after = streams.ends(site.kind)
         counts = batch.counts.to(after.device)

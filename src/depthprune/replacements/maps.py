@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from depthprune.replacements.base import Replacement
 from depthprune.shards import assign, whole
 
 
-class MapReplacement(Replacement):
+class MapReplacement(Replacement, ABC):
     """Base of replacements that map the read, centred on its mean.
 
     Attributes:
@@ -23,9 +25,9 @@ class MapReplacement(Replacement):
         super().__init__(hidden_size)
         self.register_buffer("read_mean", torch.zeros(hidden_size, dtype=torch.float32))
 
+    @abstractmethod
     def singular_values(self) -> Tensor:
         """Those of the map's matrix, the largest first: ``(D,)``, of a map of rank r ``(r,)``; fp64."""
-        raise NotImplementedError
 
 
 class Linear(MapReplacement):

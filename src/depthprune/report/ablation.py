@@ -9,9 +9,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from depthprune.evaluation.domains import DomainLoss, Interval
-from depthprune.plotting import BLUE, GREY, errors, legend, new_figure, tidy
-from depthprune.report.markdown import escaped
+from depthprune.evaluation.domains import DomainLoss, Interval, is_quick
+from depthprune.plotting import BLUE, GREY, errors, legend, new_figure, plain, tidy
+from depthprune.report.markdown import escaped, starred
 from depthprune.report.markdown import table as markdown_table
 
 UNPRUNED, BARE = "unpruned", "none"
@@ -112,7 +112,7 @@ def report(content: Mapping[str, Any], figures: Sequence[str]) -> str:
         parts += [
             f"## {escaped(domain)}",
             f"{count} predicted tokens of {documents} documents"
-            + ("; a quick run." if documents < 200 or count < 50_000 else "."),
+            + ("; a quick run." if is_quick(documents, count) else "."),
             markdown_table(list(columns), body),
         ]
     parts += _tuned(content)
@@ -147,8 +147,8 @@ def _columns(here: Sequence[Row], baseline: str) -> dict[str, Callable[[Row], st
             NOTHING if row.label in (UNPRUNED, BARE) else ", ".join(f"{100 * each:.0f}" for each in row.by_sample)
         ),
         "beyond the control, %": lambda row: share(row, row.beyond_control),
-        f"minus {baseline}": lambda row: NOTHING if row.label == baseline else _gap(row.above_baseline),
-        "minus its closed form": lambda row: NOTHING if row.above_start is None else _gap(row.above_start),
+        f"minus {baseline}": lambda row: NOTHING if row.label == baseline else starred(row.above_baseline),
+        "minus its closed form": lambda row: NOTHING if row.above_start is None else starred(row.above_start),
         "parameters": lambda row: f"{row.parameters:,}",
         "seconds": lambda row: f"{row.seconds:.0f}",
     }
@@ -193,7 +193,7 @@ def ablation_figure(content: Mapping[str, Any]) -> Figure:
             for place, value in zip(places, values, strict=True):
                 if value < LOWEST:
                     axes.text(LOWEST, place, f" \N{LEFTWARDS ARROW} {value:.0f}", va="center", fontsize=9, color=BLUE)
-        axes.set_yticks(places, labels)
+        axes.set_yticks(places, [plain(label) for label in labels])
         axes.invert_yaxis() if axes is panels[0] else None
         axes.set_xlabel("recovered, % of the damage", fontsize=9.5)
         tidy(axes, domain, "", grid="x")
@@ -203,10 +203,6 @@ def ablation_figure(content: Mapping[str, Any]) -> Figure:
 
 def _share(share: Interval) -> str:
     return f"{100 * share.value:.1f} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
-
-
-def _gap(gap: Interval) -> str:
-    return f"{gap.value:+.3f} [{gap.low:.3f}, {gap.high:.3f}]" + (" *" if gap.excludes_zero else "")
 
 
 def _size(content: Mapping[str, Any], domain: str) -> tuple[int, int]:

@@ -14,13 +14,13 @@ from depthprune.evaluation.domains import Interval
 from depthprune.report.results import (
     EMULATED,
     NONE,
-    PLURALS,
     SINGULARS,
     StudyPlan,
     StudyResults,
     capital,
     variant_label,
 )
+from depthprune.sites import PLURALS
 
 Verdict = Literal["reproduced", "reproduced in part", "within noise", "not reproduced", "not measured"]
 
@@ -182,10 +182,12 @@ def _trained_against_emulated(results: StudyResults) -> list[Finding]:
 
 def not_converged(results: StudyResults, plan: StudyPlan) -> str:
     """The words for a training run that was still improving when its budget ended."""
-    quarter = results.last_quarter(plan)
-    if quarter is None:
+    change = results.last_part(plan)
+    if change is None:
         return "not converged at this budget"
-    return f"not converged at this budget (in-domain loss over the last quarter of the steps: {interval_text(quarter)})"
+    return (
+        f"not converged at this budget (in-domain loss since the validation before the last: {interval_text(change)})"
+    )
 
 
 def _measured(results: StudyResults, kind: str, *variants: str) -> list[StudyPlan]:

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from depthprune.evaluation.domains import Interval
+
 
 def escaped(text: object) -> str:
     """Text on one line that Markdown shows as it is, also in a table cell.
@@ -24,6 +26,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) 
     assert all(len(row) == len(header) for row in rows), "every row needs a cell for each column"
     rule = ["---"] * words + ["---:"] * (len(header) - words)
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
+
+
+def gap_text(gap: Interval) -> str:
+    """A difference of losses with its interval."""
+    return f"{gap.value:+.3f} [{gap.low:.3f}, {gap.high:.3f}]"
+
+
+def starred(gap: Interval) -> str:
+    """The same, with a star where the interval excludes 0."""
+    return gap_text(gap) + (" *" if gap.excludes_zero else "")
 
 
 def code_block(text: str) -> str:

@@ -5,29 +5,22 @@ The study may be unfinished; whatever is there can be read. Figures, findings an
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-from scipy.stats import bootstrap
-
-from depthprune.evaluation.domains import RESAMPLES, DomainLoss, Interval
+from depthprune.evaluation.domains import DomainLoss, Interval, is_quick
 from depthprune.influence.table import InfluenceTable
-from depthprune.sites import PruningPlan, Site
+from depthprune.sites import PLURALS, PruningPlan, Site
 
-STUDY_VERSION = 1
-HEADLINE_DOCUMENTS = 200
-HEADLINE_TOKENS = 50_000
+STUDY_VERSION = 2
 
 UNPRUNED = "unpruned"
 NONE = "none"
 EMULATED = "emulated_update"
 
-PLURALS = {"block": "blocks", "attention": "attentions", "mlp": "MLPs"}
 SINGULARS = {"block": "block", "attention": "attention", "mlp": "MLP"}
 VARIANT_LABELS = {
     UNPRUNED: "unpruned",
@@ -159,31 +152,16 @@ class StudyResults:
         if damage is None or replaced is None or not damage.low > 0:
             return None
         none, unpruned = self.losses[f"{plan.name}/{NONE}"][domain], self.losses[UNPRUNED][domain]
-        gains, damages = none.nats - replaced.nats, none.nats - unpruned.nats
-        present = none.tokens > 0
-        result = bootstrap(
-            (gains[present], damages[present]),
-            lambda gain, lost, axis: gain.sum(axis) / lost.sum(axis),
-            paired=True,
-            vectorized=True,
-            n_resamples=RESAMPLES,
-            method="percentile",
-            rng=np.random.default_rng(0),
-        )
-        low, high = result.confidence_interval
-        return Interval(float(gains.sum() / damages.sum()), float(low), float(high))
+        return replaced.recovered(none, unpruned)
 
     def trained_on(self, plan: StudyPlan) -> str | None:
         """The replacement that was trained for a plan, if one was."""
         return self.training.get(plan.name, {}).get("replacement")
 
-    def last_quarter(self, plan: StudyPlan) -> Interval | None:
-        """The in-domain tune loss at the end of training minus that at three quarters of the budget, if known."""
-        quarter = self.training.get(plan.name, {}).get("last_quarter")
-        if not quarter:
-            return None
-        ends = (math.nan if quarter[end] is None else quarter[end] for end in ("low", "high"))
-        return Interval(quarter["value"], *ends)
+    def last_part(self, plan: StudyPlan) -> Interval | None:
+        """The in-domain tune loss at the last validation of a training minus that at the one before it, if known."""
+        change = self.training.get(plan.name, {}).get("last_part")
+        return Interval.from_dict(change) if change else None
 
     def role(self, domain: str) -> str:
         """Whether a domain's text was trained on: ``"in-domain"`` or ``"distant"``."""
@@ -194,7 +172,7 @@ class StudyResults:
         quick = []
         for domain in self.domains:
             loss = self.loss(UNPRUNED, domain)
-            if loss and (loss.documents < HEADLINE_DOCUMENTS or loss.tokens.sum() < HEADLINE_TOKENS):
+            if loss and is_quick(loss.documents, int(loss.tokens.sum())):
                 quick.append(f"{domain}: {loss.documents:,} documents, {int(loss.tokens.sum()):,} tokens")
         return quick
 

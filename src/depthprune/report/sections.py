@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from depthprune.evaluation.domains import RESAMPLES, Interval
+from depthprune.evaluation.domains import HEADLINE_DOCUMENTS, HEADLINE_TOKENS, RESAMPLES, Interval
 from depthprune.figures import curve_label
 from depthprune.report.findings import findings, interval_text, not_converged, signed
 from depthprune.report.markdown import code_block, escaped, table
 from depthprune.report.results import (
-    HEADLINE_DOCUMENTS,
-    HEADLINE_TOKENS,
     NONE,
-    PLURALS,
     UNPRUNED,
     StudyResults,
     capital,
     variant_label,
 )
+from depthprune.sites import PLURALS
 
 FIRST = 10  # how many sites of each order are listed
 ABSENT = "–"

@@ -19,7 +19,6 @@ from depthprune.plotting import (
     errors,
     legend,
     new_figure,
-    plain,
     tidy,
 )
 from depthprune.report.ablation import Row, rows
@@ -90,7 +89,7 @@ def _draw_line(
         [share.value for share in shares],
         yerr=errors(shares),
         **{"color": colour, "marker": marker, "ms": 5, "lw": 1.3, "capsize": 2},
-        label=plain(name),
+        label=name,
     )
 
 
@@ -154,7 +153,7 @@ def forgetting_figure(content: Mapping[str, Any]) -> Figure | None:
             left.plot(run.learned, run.forgotten, "-", color=colour, lw=0.7, alpha=0.5)
         ends = [(run.learned[-1], run.forgotten[-1], run.distance) for run in mine]
         learned, forgotten, distances = zip(*ends, strict=True)
-        left.plot(learned, forgotten, marker, color=colour, ms=5, label=plain(label))
+        left.plot(learned, forgotten, marker, color=colour, ms=5, label=label)
         right.plot(distances, forgotten, marker, color=colour, ms=5)
     edge = front([point for run in runs for point in zip(run.learned, run.forgotten, strict=True)])
     left.plot(*zip(*edge, strict=True), ":", color="black", lw=1.2, label="Pareto front, all validations")
