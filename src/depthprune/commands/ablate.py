@@ -105,6 +105,7 @@ def ablate(
             for candidate in rung.candidates(label).values():
                 candidate.check(causal_lm.config.hidden_size)
                 check_plan(causal_lm, candidate.plan(sites))
+                candidate.check_stages(candidate.plan(sites))
         torch.nn.Module.to(causal_lm, fabric.device)
         content["weights"] = unpruned_fingerprint(causal_lm).weights
         content["starts"] = {label: start for label in chosen if (start := _start(label, chosen))}

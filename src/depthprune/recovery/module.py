@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -31,7 +30,7 @@ from depthprune.recovery.resume import (
 from depthprune.recovery.saving import ReplacementCheckpoints
 from depthprune.recovery.shared_prefix import objective_losses, suffix_start
 from depthprune.recovery.stages import enter, leave, stage_at, stages_of
-from depthprune.recovery.start_weights import pull, trained_weights
+from depthprune.recovery.start_weights import check_decay, pull, trained_weights
 from depthprune.recovery.stopping import StopRequest
 from depthprune.replacements.base import Replacement
 from depthprune.sites import PruningPlan
@@ -111,8 +110,7 @@ class RecoveryModule(ReplacementCheckpoints):
         self.save_hyperparameters(ignore=["optimizer", "scheduler", "fitting", "distillation", "matching"])
         self.fitting = fitting
         self.trained_position = "control" if control else "replacement"
-        if not 0 <= decay_to_start < math.inf:
-            raise ValueError(f"decay_to_start is {decay_to_start}: set it to 0 or more.")
+        check_decay(decay_to_start)
         self.plan = PruningPlan.load(plan)
         if replacement is not None:
             self.plan = self.plan.with_replacement(replacement, **(options or {}))

@@ -34,6 +34,16 @@ def pull(model: nn.Module, start: Mapping[str, Tensor], share: float) -> None:
         assign(parameter, torch.lerp(value, start[name].to(value), share))
 
 
+def check_decay(strength: float) -> None:
+    """Refuse a strength of the decay towards the start.
+
+    Raises:
+        ValueError: it is negative or not finite.
+    """
+    if not 0 <= strength < math.inf:
+        raise ValueError(f"decay_to_start is {strength}: set it to 0 or more.")
+
+
 def distance(model: nn.Module, start: Mapping[str, Tensor]) -> float:
     """How far weights are from where they started, over the norm of the start; the distance itself if that is 0.
 
