@@ -212,6 +212,17 @@ def test_refusals(ablated: Path, workshop: Workshop, tmp_path: Path) -> None:
     assert "another configuration (test_sequences differ)" in refusal(*settings(workshop, ablated, test_sequences=5))
     assert "baseline 'constnt'. Did you mean 'constant'" in refusal(*settings(workshop, tmp_path, baseline="constnt"))
     assert "cannot be named none" in refusal(*settings(workshop, tmp_path, rungs={"none": {}}))
+    adapter = {"replacement": "low_rank_adapter", "sweep": {"rank": [4]}}
+    for rungs, message in (
+        ({}, "There is no rung"),
+        ({"..": {}}, "cannot be named '..'"),
+        ({"a": adapter, "a rank 4": {}}, "Two rungs are named 'a rank 4'"),
+        ({"a b": {"replacement": "linear"}, "a-b": {"replacement": "refit"}}, "'a b' and 'a-b' would have the same"),
+        ({"a": {**adapter, "training": {"strategy": "sequential", "steps": 1, "validations": 1}}}, "fewer than the"),
+    ):
+        assert message in refusal(*settings(workshop, tmp_path, rungs=rungs, baseline="none"))
+    signs = {"a": {"replacement": "low_rank_adapter", "sweep": {"alpha": [-4, 4]}}}  # may be told apart
+    assert "samples is 0" in refusal(*settings(workshop, tmp_path, rungs=signs, baseline="none", samples=0))
     assert "samples is 0" in refusal(*settings(workshop, tmp_path, samples=0))
     rung = {"adapter": {"replacement": "low_rank_adapter", "options": {"rank": 99}}}
     assert "rank is 99" in refusal(*settings(workshop, tmp_path, rungs=rung, baseline="none"))

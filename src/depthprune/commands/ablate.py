@@ -88,7 +88,7 @@ def ablate(
     config = json.loads(
         json.dumps({key: value for key, value in locals().items() if key != "output"}, default=dataclasses.asdict)
     )
-    chosen = {label: each for name, rung in rungs.items() for label, each in rung.swept(name).items()}
+    chosen = _chosen(rungs)
     if taken := {UNPRUNED, BARE} & set(chosen):
         raise ValueError(f"A rung cannot be named {', '.join(taken)}, which is always measured: choose another name.")
     if baseline != BARE and baseline not in chosen:
@@ -206,9 +206,38 @@ def _start(label: str, chosen: Mapping[str, Rung]) -> str | None:
     return next((other for other, rung in chosen.items() if rung == closed), None)
 
 
+def _chosen(rungs: Mapping[str, Rung]) -> dict[str, Rung]:
+    """All rungs by label, with one for each value that is swept.
+
+    Raises:
+        ValueError: there is none, or two would be put down under one name or in one folder.
+    """
+    if not rungs:
+        raise ValueError("There is no rung: name at least one under rungs.")
+    chosen: dict[str, Rung] = {}
+    owners: dict[str, str] = {}
+    for name, rung in rungs.items():
+        for label, each in rung.swept(name).items():
+            if not any(character.isalnum() for character in label):
+                raise ValueError(f"A rung cannot be named {label!r}: choose a name with a letter or a digit.")
+            if label in chosen:
+                raise ValueError(f"Two rungs are named {label!r}, after what is swept: give one another name.")
+            for candidate in each.candidates(label):
+                folder = _run_name(label, 0, candidate)
+                if folder in owners:
+                    raise ValueError(
+                        f"The rungs {owners[folder]!r} and {label!r} would have the same folder: give one a name that "
+                        "differs in letters or digits."
+                    )
+                owners[folder] = label
+            chosen[label] = each
+    return chosen
+
+
 def _run_name(label: str, sample: int, candidate: str) -> str:
     """Where the checkpoints and event files of a training go."""
-    return "/".join(filter(None, (slug(label), str(sample), slug(candidate))))
+    parts = (label, str(sample), candidate)
+    return "/".join(filter(None, (slug(part.replace(" -", " minus ")) for part in parts)))  # -4 is not 4
 
 
 def _opened(path: Path, config: dict[str, Any]) -> dict[str, Any]:
