@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ from depthprune.commands import ablate as ablate_module
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import TextSource
 from depthprune.evaluation.domains import document_loss
-from depthprune.loading import load
+from depthprune.loading import load, save
 from depthprune.pruning import swapped
 from depthprune.recovery.closed_form import calibrate_on
 from depthprune.recovery.fitting import Fitting
 from depthprune.report.ablation import rows
 from depthprune.sites import PruningPlan
 from depthprune.surgery import install_slots
-from tests.command_line import Workshop, refusal, run, write_config
+from tests.command_line import Workshop, documents, refusal, run, write_config
+from tests.tiny_models import tiny_model
 
 RUNGS: dict[str, Any] = {
     "constant": {"replacement": "emulated_update"},
@@ -206,6 +208,40 @@ def test_a_killed_run_goes_on(
     ours, theirs = results(tmp_path)["losses"], results(ablated)["losses"]
     for sample, label in ((sample, label) for sample in "01" for label in LABELS):
         assert ours[sample][label]["losses"] == theirs[sample][label]["losses"]
+
+
+def test_a_run_does_not_go_on_with_other_weights_sites_or_texts(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, done = ablate_module._Run.measure, list[str]()
+
+    def dies(*arguments: Any) -> Any:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(arguments[1])
+        return measure(*arguments)
+
+    model, text = tmp_path / "model", tmp_path / "news.jsonl"
+    shutil.copytree(workshop.model, model)
+    shutil.copy(workshop.text, text)
+    rungs = {"constant": {"replacement": "emulated_update"}}
+    here = settings(workshop, tmp_path, rungs=rungs, model=model, text={"path": text}, domains={})
+    monkeypatch.setattr(ablate_module._Run, "measure", dies)
+    assert run(*here) == 130
+    monkeypatch.undo()
+
+    PruningPlan.of("block.1", "block.3").save(tmp_path / "cut.json")
+    assert "The plan of the ablation" in refusal(*here)
+    PruningPlan.of("block.2", "block.3").save(tmp_path / "cut.json")
+    tokenizer = load(model)[1]
+    save(tiny_model(vocab_size=320, seed=9), tokenizer, tmp_path / "other")
+    (tmp_path / "other/model.safetensors").rename(model / "model.safetensors")
+    assert "The weights of the ablation" in refusal(*here)
+    shutil.copy(workshop.model / "model.safetensors", model)
+    text.write_text(documents(seed=7, count=80))
+    assert "The text of sample 0 of the ablation" in refusal(*here)
+    shutil.copy(workshop.text, text)
+    assert run(*here) == 0
 
 
 def test_refusals(ablated: Path, workshop: Workshop, tmp_path: Path) -> None:

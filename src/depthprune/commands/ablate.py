@@ -107,7 +107,8 @@ def ablate(
                 check_plan(causal_lm, candidate.plan(sites))
                 candidate.check_stages(candidate.plan(sites))
         torch.nn.Module.to(causal_lm, fabric.device)
-        content["weights"] = unpruned_fingerprint(causal_lm).weights
+        _check_same(content, folder, "weights", unpruned_fingerprint(causal_lm).weights)
+        _check_same(content, folder, "plan", [removal.to_dict() for removal in sites.removals])
         content["starts"] = {label: start for label in chosen if (start := _start(label, chosen))}
         content["settings"] = {name: rung.settings(name) for name, rung in rungs.items()}
         run = _Run(causal_lm, sites, folder, content)
@@ -122,6 +123,7 @@ def ablate(
         for sample, label in tracked(todo, "Rungs"):
             if sample not in data:
                 data = {sample: _sample(config, text, domains, sample)}
+                _check_same(content, folder, f"text of sample {sample}", _fingerprints(data[sample]))
             measured = run.measure(label, chosen.get(label), sample, data[sample])
             content["losses"].setdefault(str(sample), {})[label] = measured
             run.save()
@@ -254,6 +256,24 @@ def _opened(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     check_config(path.parent, "an ablation", content["config"], config)
     print(f"Going on with the ablation in {path.parent}.")
     return content
+
+
+def _check_same(content: dict[str, Any], folder: Path, part: str, now: Any) -> None:
+    """Put down what the results stand on, or compare with what was put down by the run before.
+
+    Raises:
+        ValueError: it has changed since.
+    """
+    if content.setdefault(part, now) != now:
+        raise ValueError(
+            f"The {part} of the ablation in {folder} changed since it began: name another output, or remove it."
+        )
+
+
+def _fingerprints(data: TextDataModule) -> dict[str, str]:
+    """Hashes of what is fitted to and measured on."""
+    sets = {"calibration": data.calibration_dataloader(), **data.test_dataloader()}
+    return {name: batches.fingerprint for name, batches in sets.items()}
 
 
 def _sample(config: dict[str, Any], text: TextSource, domains: dict[str, TextSource], sample: int) -> TextDataModule:
