@@ -244,6 +244,29 @@ def test_a_run_does_not_go_on_with_other_weights_sites_or_texts(
     assert run(*here) == 0
 
 
+def test_values_with_which_training_diverges_are_not_taken(workshop: Workshop, tmp_path: Path) -> None:
+    rung = {**RUNGS["trained"], "tune": {"learning_rate": [1e30, 0.001]}}
+    small = {"samples": 1, "controls": False, "domains": {}, "baseline": "none"}
+    assert run(*settings(workshop, tmp_path, rungs={"trained": rung}, **small)) == 0
+    content = results(tmp_path)
+    assert content["tuned"]["trained"]["learning_rate 1e+30"] is None
+    assert content["losses"]["0"]["trained"]["settings"] == "learning_rate 0.001"
+    text = (tmp_path / "out/ablation.md").read_text()
+    assert "learning_rate 1e+30: diverged" in text
+    rung["tune"] = {"learning_rate": [1e30, 1e31]}
+    sentence = refusal(*settings(workshop, tmp_path / "all", rungs={"trained": rung}, **small))
+    assert "diverged with all of learning_rate 1e+30; learning_rate 1e+31" in sentence
+
+
+def test_a_loss_that_is_not_finite(workshop: Workshop, tmp_path: Path) -> None:
+    model = tiny_model(vocab_size=320)
+    model.get_parameter("model.layers.1.mlp.down_proj.weight").data[0, 0] = float("nan")
+    save(model, load(workshop.model)[1], tmp_path / "model")
+    assert "The loss of unpruned on news is nan: check" in refusal(
+        *settings(workshop, tmp_path, model=tmp_path / "model")
+    )
+
+
 def test_refusals(ablated: Path, workshop: Workshop, tmp_path: Path) -> None:
     assert "another configuration (test_sequences differ)" in refusal(*settings(workshop, ablated, test_sequences=5))
     assert "baseline 'constnt'. Did you mean 'constant'" in refusal(*settings(workshop, tmp_path, baseline="constnt"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,8 +27,9 @@ from depthprune.files import make_folder, only_writer, read_json, write_json, wr
 from depthprune.loading import load
 from depthprune.names import slug, unknown_name
 from depthprune.progress import tracked
+from depthprune.recovery.divergence import Diverged
 from depthprune.recovery.ladder import Rung, climbed
-from depthprune.report.ablation import BARE, UNPRUNED, ablation_figure, console_table, report
+from depthprune.report.ablation import BARE, UNPRUNED, ablation_figure, console_table, lowest, report
 from depthprune.report.sweeps import forgetting_figure, sweep_figures
 from depthprune.sites import PruningPlan
 from depthprune.study_file import check_config
@@ -155,7 +157,7 @@ class _Run:
             install_slots(self.causal_lm, self.sites.with_replacement("none"))
             try:
                 with switched(self.causal_lm, "original" if label == UNPRUNED else "none"):
-                    return {"seconds": 0.0, "parameters": 0, "losses": self._losses(loaders)}
+                    return {"seconds": 0.0, "parameters": 0, "losses": self._losses(label, loaders)}
             finally:
                 remove_slots(self.causal_lm)
         candidates = rung.candidates(label)
@@ -167,26 +169,51 @@ class _Run:
         return {"settings": name, **about}
 
     def _tuned(self, label: str, candidates: Mapping[str, Rung], sample: int, data: TextDataModule) -> str:
-        """The candidate with the lowest in-domain loss on the tune text, on the first sample."""
+        """The candidate with the lowest in-domain loss on the tune text, on the first sample.
+
+        Raises:
+            ValueError: the training of each diverged.
+        """
         found = self.content["tuned"].setdefault(label, {})
         domain = next(iter(data.domains))
         for name, candidate in candidates.items():
             if name not in found:
-                about = self._climb(candidate, data, _run_name(label, sample, name), {})
-                found[name] = about["curve"][-1][domain]
+                try:
+                    loss = self._climb(candidate, data, _run_name(label, sample, name), {})["curve"][-1][domain]
+                except Diverged as error:
+                    print(f"{label} with {name}: {error}", flush=True)
+                    loss = math.nan
+                found[name] = loss if math.isfinite(loss) else None
                 self.save()
-        return min(candidates, key=lambda name: found[name])
+        taken = lowest(found)
+        if taken is None:
+            raise ValueError(
+                f"The training of {label} diverged with all of {'; '.join(candidates)}: give tune others, such as "
+                "lower learning rates, and name another output."
+            )
+        return taken
 
     def _climb(
         self, rung: Rung, data: TextDataModule, name: str, loaders: Mapping[str, Batches], control: bool = False
     ) -> dict[str, Any]:
         plan, seed = rung.plan(self.sites), self.content["config"]["seed"]
         with climbed(self.causal_lm, plan, data, rung, self.folder, name, seed, control=control) as about:
-            return {**about, "seconds": round(about["seconds"], 1), "losses": self._losses(loaders)}
+            return {**about, "seconds": round(about["seconds"], 1), "losses": self._losses(name, loaders)}
 
-    def _losses(self, loaders: Mapping[str, Batches]) -> dict[str, Any]:
-        parts = loaders.items()
-        return {name: document_loss(self.causal_lm, part, part.document_count).to_dict() for name, part in parts}
+    def _losses(self, what: str, loaders: Mapping[str, Batches]) -> dict[str, Any]:
+        """The losses on all domains as plain data.
+
+        Raises:
+            ValueError: one is not finite.
+        """
+        found = {name: document_loss(self.causal_lm, part, part.document_count) for name, part in loaders.items()}
+        for name, loss in found.items():
+            if not math.isfinite(loss.loss):
+                raise ValueError(
+                    f"The loss of {what} on {name} is {loss.loss}: check the model's weights, and lower the learning "
+                    "rate where something is trained."
+                )
+        return {name: loss.to_dict() for name, loss in found.items()}
 
 
 def _figures(content: Mapping[str, Any]) -> dict[str, tuple[str, Figure]]:
