@@ -123,7 +123,7 @@ class DomainScoring(LightningModule):
         limit = self.trainer.limit_val_batches
         if not limit:
             raise ValueError(
-                "trainer.limit_val_batches is 0, and monitors compare what is validated: set it above 0, or remove them."
+                "trainer.limit_val_batches is 0, and monitors compare what is validated: set it above 0 or remove them."
             )
         return islice(loader, int(limit * len(loader)) if isinstance(limit, float) else limit)
 
