@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from depthprune.commands import ablate as ablate_module
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import TextSource
 from depthprune.evaluation.domains import document_loss
-from depthprune.loading import load
+from depthprune.loading import load, save
 from depthprune.pruning import swapped
 from depthprune.recovery.closed_form import calibrate_on
 from depthprune.recovery.fitting import Fitting
@@ -22,7 +23,8 @@ from depthprune.recovery.module import RecoveryModule
 from depthprune.report.ablation import rows
 from depthprune.sites import PruningPlan
 from depthprune.surgery import install_slots
-from tests.command_line import Workshop, refusal, run, write_config
+from tests.command_line import Workshop, documents, refusal, run, write_config
+from tests.tiny_models import tiny_model
 
 RUNGS: dict[str, Any] = {
     "constant": {"replacement": "emulated_update"},
@@ -251,10 +253,78 @@ def test_trainings_that_differ_in_the_weights_taken_are_one(
     assert all(found == about[0] for found in about)
 
 
+def test_a_run_does_not_go_on_with_other_weights_sites_or_texts(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, done = ablate_module._Run.measure, list[str]()
+
+    def dies(*arguments: Any) -> Any:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(arguments[1])
+        return measure(*arguments)
+
+    model, text = tmp_path / "model", tmp_path / "news.jsonl"
+    shutil.copytree(workshop.model, model)
+    shutil.copy(workshop.text, text)
+    rungs = {"constant": {"replacement": "emulated_update"}}
+    here = settings(workshop, tmp_path, rungs=rungs, model=model, text={"path": text}, domains={})
+    monkeypatch.setattr(ablate_module._Run, "measure", dies)
+    assert run(*here) == 130
+    monkeypatch.undo()
+
+    PruningPlan.of("block.1", "block.3").save(tmp_path / "cut.json")
+    assert "The plan of the ablation" in refusal(*here)
+    PruningPlan.of("block.2", "block.3").save(tmp_path / "cut.json")
+    tokenizer = load(model)[1]
+    save(tiny_model(vocab_size=320, seed=9), tokenizer, tmp_path / "other")
+    (tmp_path / "other/model.safetensors").rename(model / "model.safetensors")
+    assert "The weights of the ablation" in refusal(*here)
+    shutil.copy(workshop.model / "model.safetensors", model)
+    text.write_text(documents(seed=7, count=80))
+    assert "The text of sample 0 of the ablation" in refusal(*here)
+    shutil.copy(workshop.text, text)
+    assert run(*here) == 0
+
+
+def test_values_with_which_training_diverges_are_not_taken(workshop: Workshop, tmp_path: Path) -> None:
+    rung = {**RUNGS["trained"], "tune": {"learning_rate": [1e30, 0.001]}}
+    small = {"samples": 1, "controls": False, "domains": {}, "baseline": "none"}
+    assert run(*settings(workshop, tmp_path, rungs={"trained": rung}, **small)) == 0
+    content = results(tmp_path)
+    assert content["tuned"]["trained"]["learning_rate 1e+30"] is None
+    assert content["losses"]["0"]["trained"]["settings"] == "learning_rate 0.001"
+    text = (tmp_path / "out/ablation.md").read_text()
+    assert "learning_rate 1e+30: diverged" in text
+    rung["tune"] = {"learning_rate": [1e30, 1e31]}
+    sentence = refusal(*settings(workshop, tmp_path / "all", rungs={"trained": rung}, **small))
+    assert "diverged with all of learning_rate 1e+30; learning_rate 1e+31" in sentence
+
+
+def test_a_loss_that_is_not_finite(workshop: Workshop, tmp_path: Path) -> None:
+    model = tiny_model(vocab_size=320)
+    model.get_parameter("model.layers.1.mlp.down_proj.weight").data[0, 0] = float("nan")
+    save(model, load(workshop.model)[1], tmp_path / "model")
+    assert "The loss of unpruned on news is nan: check" in refusal(
+        *settings(workshop, tmp_path, model=tmp_path / "model")
+    )
+
+
 def test_refusals(ablated: Path, workshop: Workshop, tmp_path: Path) -> None:
     assert "another configuration (test_sequences differ)" in refusal(*settings(workshop, ablated, test_sequences=5))
     assert "baseline 'constnt'. Did you mean 'constant'" in refusal(*settings(workshop, tmp_path, baseline="constnt"))
     assert "cannot be named none" in refusal(*settings(workshop, tmp_path, rungs={"none": {}}))
+    adapter = {"replacement": "low_rank_adapter", "sweep": {"rank": [4]}}
+    for rungs, message in (
+        ({}, "There is no rung"),
+        ({"..": {}}, "cannot be named '..'"),
+        ({"a": adapter, "a rank 4": {}}, "Two rungs are named 'a rank 4'"),
+        ({"a b": {"replacement": "linear"}, "a-b": {"replacement": "refit"}}, "'a b' and 'a-b' would have the same"),
+        ({"a": {**adapter, "training": {"strategy": "sequential", "steps": 1, "validations": 1}}}, "fewer than the"),
+    ):
+        assert message in refusal(*settings(workshop, tmp_path, rungs=rungs, baseline="none"))
+    signs = {"a": {"replacement": "low_rank_adapter", "sweep": {"alpha": [-4, 4]}}}  # may be told apart
+    assert "samples is 0" in refusal(*settings(workshop, tmp_path, rungs=signs, baseline="none", samples=0))
     assert "samples is 0" in refusal(*settings(workshop, tmp_path, samples=0))
     rung = {"adapter": {"replacement": "low_rank_adapter", "options": {"rank": 99}}}
     assert "rank is 99" in refusal(*settings(workshop, tmp_path, rungs=rung, baseline="none"))

@@ -17,9 +17,10 @@ from depthprune.commands import generate as generate_module
 from depthprune.data.opening import open_text
 from depthprune.data.text import ROLES, RoleShares, TextSource, role_documents
 from depthprune.files import only_writer
-from depthprune.loading import load
+from depthprune.loading import load, save
 from tests.command_line import Workshop, refusal, run
 from tests.killing import forked
+from tests.tiny_models import tiny_model
 
 COUNT, PROMPT, NEW, BATCH = 11, 6, 9, 4
 
@@ -161,6 +162,17 @@ def test_the_file_is_a_text_with_all_roles(workshop: Workshop, tmp_path: Path, m
     counts = {role: len(list(role_documents(text, role, shares))) for role in ROLES}
     assert all(counts.values())
     assert sum(counts.values()) == len(rows(path))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_with_damaged_weights_writes_nothing(workshop: Workshop, tmp_path: Path, temperature: float) -> None:
+    model = tiny_model(vocab_size=320)
+    model.get_parameter("model.layers.1.mlp.down_proj.weight").data[0, 0] = float("nan")
+    save(model, load(workshop.model)[1], tmp_path / "model")
+    path = tmp_path / "x.jsonl"
+    command = arguments(workshop, path, model=tmp_path / "model", temperature=temperature)
+    assert "The model's logits are not finite" in refusal(*command)
+    assert not path.exists() or not path.read_bytes()
 
 
 def test_what_is_refused(workshop: Workshop, sampled: Path, tmp_path: Path) -> None:

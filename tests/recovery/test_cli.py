@@ -267,6 +267,9 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["--data.sequence_length", 5000], "less than one sequence of 5000"),
         (["--data.domains", "{a/b: {path: xsum}}"], "A domain cannot be named 'a/b'"),
         (["--data.batch_size", 0], "batch_size is 0"),
+        (["--model.decay_to_start", 51], "further than to the start: set it to 50 or less"),
+        (["--model.strategy", "sequential", "--trainer.max_steps", -1, "--trainer.max_epochs", -1], "set trainer.max"),
+        (["--trainer.limit_val_batches", 0], "limit_val_batches is 0, and monitors compare what is validated"),
     ],
 )
 def test_refusals(workshop: Workshop, tmp_path: Path, flags: list[Any], message: str) -> None:

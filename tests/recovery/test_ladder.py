@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from depthprune.recovery.ladder import Rung
@@ -63,6 +65,42 @@ def test_refusals() -> None:
         Rung("low_rank_adapter", tune={"rank": [1, 2]}).check(WIDTH)
     for rung in (Rung("low_rank_adapter", training=TRAINING), Rung("refit", training=TRAINING), Rung("none")):
         rung.check(WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("setting", "values", "message"),
+    [
+        ("learning_rate", ["fast"], "has the value 'fast' for learning_rate: give values of the type float"),
+        ("learning_rate", [float("nan")], "learning_rate and training.batch_size must be above 0"),
+        ("steps", [8, 4.0], "has the value 4.0 for steps: give values of the type int"),
+        ("steps", [True], "has the value True for steps"),
+        ("documents", ["all"], "has the value 'all' for documents: give values of the type int or NoneType"),
+        ("objective", [0.5], "for objective: give values of the type dict or str"),
+        ("share_runs", [1], "has the value 1 for share_runs: give values of the type bool"),
+        ("distillation", [{"temperature": 2.0}], "setting of the rung mine 'distillation'"),
+        ("strategy", ["sequentially"], "Did you mean 'sequential'"),
+        ("decay_to_start", [-1], "decay_to_start is -1: set it to 0 or more"),
+        ("interpolation", [float("inf")], "interpolation is inf: give a finite number"),
+    ],
+)
+def test_listed_values_are_checked_at_the_door(setting: str, values: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Rung("linear", training=TRAINING, sweep={setting: values}).swept("mine")
+
+
+def test_strategies_that_do_not_go_with_a_plan() -> None:
+    few = Rung("linear", training=Training(steps=2, validations=1, strategy="sequential"))
+    with pytest.raises(ValueError, match="2 steps are fewer than the strategy's 3 stages"):
+        few.check_stages(few.plan(SITES))
+    healed = Rung("healing", training=Training(strategy="independent"))
+    with pytest.raises(ValueError, match="belong to no single removal"):
+        healed.check_stages(healed.plan(SITES))
+    for rung in (
+        Rung("linear"),
+        Rung("healing", training=TRAINING),
+        Rung("linear", training=Training(strategy="sequential")),
+    ):
+        rung.check_stages(rung.plan(SITES))
 
 
 def test_plans_of_a_rung() -> None:

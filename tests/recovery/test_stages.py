@@ -32,9 +32,12 @@ def test_stages_of_each_strategy() -> None:
     )
     with pytest.raises(ValueError, match="strategy of training 'jiont'"):
         stages_of(PLAN, "jiont")
-    for replacement in ("refit", "healing"):
-        with pytest.raises(ValueError, match="set sequential to joint"):
-            stages_of(PruningPlan.of("block.1", "block.2", replacement=replacement), "sequential")
+    for kept in ("refit", "healing"):
+        with pytest.raises(ValueError, match=f"layers that a {kept} trains .* set sequential to joint"):
+            stages_of(PruningPlan.of("block.1", "block.2", replacement=kept), "sequential")
+    mixed = PruningPlan((*PLAN.removals, *PruningPlan.of("block.5", replacement="emulated_update").removals))
+    with pytest.raises(ValueError, match="emulated_update has nothing to train in a stage of its own"):
+        stages_of(mixed, "sequential")
     stages = stages_of(PLAN, "independent")
     assert [stages.index(stage_at(stages, step, 8)) for step in range(9)] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     with pytest.raises(ValueError, match="2 steps are fewer than the strategy's 3 stages"):

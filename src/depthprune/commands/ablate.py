@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,8 +27,9 @@ from depthprune.files import make_folder, only_writer, read_json, write_json, wr
 from depthprune.loading import load
 from depthprune.names import slug, unknown_name
 from depthprune.progress import tracked
+from depthprune.recovery.divergence import Diverged
 from depthprune.recovery.ladder import Rung, climbed
-from depthprune.report.ablation import BARE, UNPRUNED, ablation_figure, console_table, report
+from depthprune.report.ablation import BARE, UNPRUNED, ablation_figure, console_table, lowest, report
 from depthprune.report.sweeps import forgetting_figure, sweep_figures
 from depthprune.sites import PruningPlan
 from depthprune.surgery import check_plan, install_slots, remove_slots, switched
@@ -85,7 +87,7 @@ def ablate(
         accelerator: as in Lightning: auto, cpu, gpu.
     """
     config = as_data(locals())
-    chosen = {label: each for name, rung in rungs.items() for label, each in rung.swept(name).items()}
+    chosen = _chosen(rungs)
     if taken := {UNPRUNED, BARE} & set(chosen):
         raise ValueError(f"A rung cannot be named {', '.join(taken)}, which is always measured: choose another name.")
     if baseline != BARE and baseline not in chosen:
@@ -102,8 +104,10 @@ def ablate(
             for candidate in rung.candidates(label).values():
                 candidate.check(causal_lm.config.hidden_size)
                 check_plan(causal_lm, candidate.plan(sites))
+                candidate.check_stages(candidate.plan(sites))
         torch.nn.Module.to(causal_lm, fabric.device)
-        content["weights"] = unpruned_fingerprint(causal_lm).weights
+        _check_same(content, folder, "weights", unpruned_fingerprint(causal_lm).weights)
+        _check_same(content, folder, "plan", [removal.to_dict() for removal in sites.removals])
         content["starts"] = {label: start for label in chosen if (start := _start(label, chosen))}
         content["settings"] = {name: rung.settings(name) for name, rung in rungs.items()}
         run = _Run(causal_lm, sites, chosen, folder, content)
@@ -118,6 +122,7 @@ def ablate(
         for sample, label in tracked(todo, "Rungs"):
             if sample not in data:
                 data = {sample: _sample(config, text, domains, sample)}
+                _check_same(content, folder, f"text of sample {sample}", _fingerprints(data[sample]))
             measured = run.measure(label, sample, data[sample])
             content["losses"].setdefault(str(sample), {})[label] = measured
             run.save()
@@ -150,51 +155,82 @@ class _Run:
             install_slots(self.causal_lm, self.sites.with_replacement("none"))
             try:
                 with switched(self.causal_lm, "original" if label == UNPRUNED else "none"):
-                    return {"seconds": 0.0, "parameters": 0, "losses": self._losses(loaders)}
+                    return {"seconds": 0.0, "parameters": 0, "losses": self._losses(label, loaders)}
             finally:
                 remove_slots(self.causal_lm)
         candidates = self.chosen[label].candidates(label)
         name = next(iter(candidates)) if len(candidates) == 1 else self._tuned(label, candidates, sample, data)
         rung = candidates[name]
-        about = self._climb(rung, sample, data, loaders)
+        about = self._climb(label, rung, sample, data, loaders)
         if self.content["config"]["controls"] and rung.training:
-            about["control"] = self._climb(rung, sample, data, loaders, control=True)["losses"]
+            about["control"] = self._climb(label, rung, sample, data, loaders, control=True)["losses"]
         return {"settings": name, **about}
 
     def _tuned(self, label: str, candidates: Mapping[str, Rung], sample: int, data: TextDataModule) -> str:
-        """The candidate with the lowest in-domain loss on the tune text, on the first sample."""
+        """The candidate with the lowest in-domain loss on the tune text, on the first sample.
+
+        Raises:
+            ValueError: the training of each diverged.
+        """
         found = self.content["tuned"].setdefault(label, {})
         domain = next(iter(data.domains))
         tune = {domain: data.val_dataloader()[domain]}
         for name, candidate in candidates.items():
             if name not in found:
-                about = self._climb(candidate, sample, data, tune)
-                found[name] = DomainLoss.from_dict(about["losses"][domain]).loss
+                try:
+                    losses = self._climb(label, candidate, sample, data, tune)["losses"]
+                    found[name] = DomainLoss.from_dict(losses[domain]).loss
+                except Diverged as error:
+                    print(f"{label} with {name}: {error}", flush=True)
+                    found[name] = None
                 self.save()
-        return min(candidates, key=lambda name: found[name])
+        taken = lowest(found)
+        if taken is None:
+            raise ValueError(
+                f"The training of {label} diverged with all of {'; '.join(candidates)}: give tune others, such as "
+                "lower learning rates, and name another output."
+            )
+        return taken
 
     def _climb(
-        self, rung: Rung, sample: int, data: TextDataModule, loaders: Mapping[str, Batches], control: bool = False
+        self,
+        label: str,
+        rung: Rung,
+        sample: int,
+        data: TextDataModule,
+        loaders: Mapping[str, Batches],
+        control: bool = False,
     ) -> dict[str, Any]:
         """Find a rung's replacements and measure them; a training that is finished already is taken as it is."""
         plan, seed = rung.plan(self.sites), self.content["config"]["seed"]
-        run = self._run_name(rung, sample) + ("-control" if control else "")
+        run = self._run_of(rung, sample) + ("-control" if control else "")
         with climbed(self.causal_lm, plan, data, rung, self.folder, run, seed, control=control) as about:
             seconds = self.content["seconds"].setdefault(run, round(about["seconds"], 1))
-            return {**about, "seconds": seconds, "losses": self._losses(loaders)}
+            return {**about, "seconds": seconds, "losses": self._losses(label, loaders)}
 
-    def _run_name(self, rung: Rung, sample: int) -> str:
-        """Where the checkpoints and event files of a training go: they are named by the first rung that shares it."""
-        label, name = next(
-            (label, name)
+    def _run_of(self, rung: Rung, sample: int) -> str:
+        """The name of a training: that of the first rung that shares it."""
+        return next(
+            _run_name(label, sample, name)
             for label, each in self.chosen.items()
             for name, candidate in each.candidates(label).items()
             if candidate.whole_training() == rung.whole_training()
         )
-        return "/".join(filter(None, (slug(label), str(sample), slug(name))))
 
-    def _losses(self, loaders: Mapping[str, Batches]) -> dict[str, Any]:
-        return {domain: loss.to_dict() for domain, loss in domain_losses(self.causal_lm, loaders).items()}
+    def _losses(self, what: str, loaders: Mapping[str, Batches]) -> dict[str, Any]:
+        """The losses on all domains as plain data.
+
+        Raises:
+            Diverged: one is not finite.
+        """
+        found = domain_losses(self.causal_lm, loaders)
+        for name, loss in found.items():
+            if not math.isfinite(loss.loss):
+                raise Diverged(
+                    f"The loss of {what} on {name} is {loss.loss}: check the model's weights, and lower the learning "
+                    "rate where something is trained."
+                )
+        return {name: loss.to_dict() for name, loss in found.items()}
 
 
 def _figures(content: Mapping[str, Any]) -> dict[str, tuple[str, Figure]]:
@@ -216,6 +252,40 @@ def _start(label: str, chosen: Mapping[str, Rung]) -> str | None:
     return next((other for other, rung in chosen.items() if rung == closed), None)
 
 
+def _chosen(rungs: Mapping[str, Rung]) -> dict[str, Rung]:
+    """All rungs by label, with one for each value that is swept.
+
+    Raises:
+        ValueError: there is none, or two would be put down under one name or in one folder.
+    """
+    if not rungs:
+        raise ValueError("There is no rung: name at least one under rungs.")
+    chosen: dict[str, Rung] = {}
+    owners: dict[str, str] = {}
+    for name, rung in rungs.items():
+        for label, each in rung.swept(name).items():
+            if not any(character.isalnum() for character in label):
+                raise ValueError(f"A rung cannot be named {label!r}: choose a name with a letter or a digit.")
+            if label in chosen:
+                raise ValueError(f"Two rungs are named {label!r}, after what is swept: give one another name.")
+            for candidate in each.candidates(label):
+                folder = _run_name(label, 0, candidate)
+                if folder in owners:
+                    raise ValueError(
+                        f"The rungs {owners[folder]!r} and {label!r} would have the same folder: give one a name that "
+                        "differs in letters or digits."
+                    )
+                owners[folder] = label
+            chosen[label] = each
+    return chosen
+
+
+def _run_name(label: str, sample: int, candidate: str) -> str:
+    """Where the checkpoints and event files of a training go."""
+    parts = (label, str(sample), candidate)
+    return "/".join(filter(None, (slug(part.replace(" -", " minus ")) for part in parts)))  # -4 is not 4
+
+
 def _opened(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The results so far.
 
@@ -230,6 +300,24 @@ def _opened(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     check_config(path.parent, "an ablation", content["config"], config)
     print(f"Going on with the ablation in {path.parent}.")
     return content
+
+
+def _check_same(content: dict[str, Any], folder: Path, part: str, now: Any) -> None:
+    """Put down what the results stand on, or compare with what was put down by the run before.
+
+    Raises:
+        ValueError: it has changed since.
+    """
+    if content.setdefault(part, now) != now:
+        raise ValueError(
+            f"The {part} of the ablation in {folder} changed since it began: name another output, or remove it."
+        )
+
+
+def _fingerprints(data: TextDataModule) -> dict[str, str]:
+    """Hashes of what is fitted to and measured on."""
+    sets = {"calibration": data.calibration_dataloader(), **data.test_dataloader()}
+    return {name: batches.fingerprint for name, batches in sets.items()}
 
 
 def _sample(config: dict[str, Any], text: TextSource, domains: dict[str, TextSource], sample: int) -> TextDataModule:

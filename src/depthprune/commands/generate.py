@@ -182,7 +182,11 @@ def _rows(
     prompt_tokens: int,
     sampling: GenerationConfig,
 ) -> list[dict[str, str]]:
-    """The rows of one batch."""
+    """The rows of one batch.
+
+    Raises:
+        ValueError: the model gives logits that are not finite.
+    """
     starts = [spec.encode(document.text)[0][:-1][:prompt_tokens] for document in documents]
     heads = [start if spec.bos is None else [spec.bos, *start] for start in starts]
     length = max(map(len, heads))
@@ -194,6 +198,8 @@ def _rows(
     device = input_device(causal_lm)
     generator: Any = causal_lm
     with torch.no_grad():
+        if not torch.isfinite(generator(ids.to(device), attention_mask=mask.to(device), logits_to_keep=1).logits).all():
+            raise ValueError("The model's logits are not finite: check its weights, or set dtype to float32.")
         made: Tensor = generator.generate(
             inputs=ids.to(device), attention_mask=mask.to(device), generation_config=sampling
         )

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import count
 from typing import Any
 
 from jinja2 import TemplateError
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 _ROLES = {"human": "user", "gpt": "assistant"}  # as `conversations` name them, and as templates do
+CHANGED = "The chat template changes a conversation with a special token in a message: leave such rows out."
 _DATE = datetime(2024, 7, 26)  # for templates that name today's: text must not change from one day to the next
 
 
@@ -105,17 +107,28 @@ class ChatFormat:
         It is one piece, unless a message holds the text of a special token, which must not end the message.
 
         Raises:
-            ValueError: the template refuses the conversation, or changes a message that holds a special token.
+            ValueError: the template refuses the conversation, or changes messages of which one holds a special token.
         """
-        rest = self.formatted(text)
-        said = [content.strip() for content in contents(text)]
-        if any(token in content for token in self.special for content in said):
-            for content in filter(None, said):
-                before, found, rest = rest.partition(content)
-                if not found:
-                    raise ValueError(
-                        "The chat template changes a message that holds a special token: leave such rows out."
-                    )
-                yield before, True
-                yield content, False
+        rest, messages = self.formatted(text), json.loads(text)
+        if not any(token in message["content"] for token in self.special for message in messages):
+            yield rest, True
+            return
+        # a message may read like a part of the template, so its place is found by another in its stead
+        nonce = next(str(number) for number in count() if str(number) not in rest)
+        marks = [f"[{nonce}-{place}]" if message["content"].strip() else "" for place, message in enumerate(messages)]
+        pairs = zip(messages, marks, strict=True)
+        frame = self.formatted(json.dumps([{**message, "content": mark} for message, mark in pairs]))
+        for message, mark in zip(messages, marks, strict=True):
+            if not mark:
+                continue
+            before, _, frame = frame.partition(mark)
+            forms = (before + form for form in (message["content"], message["content"].strip()))
+            form = next((form for form in forms if rest.startswith(form)), None)
+            if form is None:
+                raise ValueError(CHANGED)
+            yield before, True
+            yield form.removeprefix(before), False
+            rest = rest.removeprefix(form)
+        if rest != frame:
+            raise ValueError(CHANGED)
         yield rest, True

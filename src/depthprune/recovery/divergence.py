@@ -9,13 +9,17 @@ from typing import Any
 from torch import Tensor, nn
 
 
+class Diverged(ValueError):
+    """Training cannot go on, because a loss or a gradient is not finite."""
+
+
 def gradients_are_finite(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether every gradient is finite; gradients are the same in all processes, so all of them agree."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
-def divergence(loss: float | None, step: int, documents: Sequence[str], trainer: Any) -> ValueError:
+def divergence(loss: float | None, step: int, documents: Sequence[str], trainer: Any) -> Diverged:
     """The error for training that cannot go on (to be raised by the caller).
 
     Args:
@@ -30,7 +34,7 @@ def divergence(loss: float | None, step: int, documents: Sequence[str], trainer:
         what = f"The loss is {loss} at step {step}, on {'; '.join(documents)}"
     good = last_checkpoint(trainer)
     where = f"the last good checkpoint is {good}" if good else "no checkpoint was saved yet"
-    return ValueError(f"{what}: lower the learning rate or clip the gradients, and look at the text; {where}.")
+    return Diverged(f"{what}: lower the learning rate or clip the gradients, and look at the text; {where}.")
 
 
 def last_checkpoint(trainer: Any) -> str | None:

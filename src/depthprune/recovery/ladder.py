@@ -6,10 +6,11 @@ import dataclasses
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from lightning import seed_everything
@@ -22,6 +23,7 @@ from depthprune.files import make_folder
 from depthprune.names import unknown_name
 from depthprune.recovery.closed_form import calibrate, calibrate_on, check_closed_form
 from depthprune.recovery.fitting import Fitting
+from depthprune.recovery.stages import stage_at, stages_of
 from depthprune.recovery.training import Training, module_of, train
 from depthprune.replacements.base import Replacement
 from depthprune.replacements.kept import InKeptLayers
@@ -29,7 +31,9 @@ from depthprune.replacements.registry import REPLACEMENTS, build_replacement, op
 from depthprune.sites import PruningPlan, Site
 from depthprune.surgery import install_slots, remove_slots, site_slots
 
-SETTINGS = ("share_runs",)  # of a rung itself that can be swept
+SETTINGS = {"share_runs": bool}  # of a rung itself that can be swept
+OF_TRAINING = {name: hint for name, hint in get_type_hints(Training).items() if not is_dataclass(hint)}
+"""Settings of a training that can be swept, and their types."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,15 @@ class Rung:
         if self.tune and not self.training:
             raise ValueError("tune chooses settings of a training: give the rung a training too, or sweep them.")
 
+    def check_stages(self, plan: PruningPlan) -> None:
+        """Refuse a strategy of training that does not go with a plan of this rung.
+
+        Raises:
+            ValueError: it has stages without anything to train, or more stages than steps.
+        """
+        if self.training:
+            stage_at(stages_of(plan, self.training.strategy), 0, self.training.steps)
+
     def swept(self, name: str) -> dict[str, Rung]:
         """A rung for each combination of the values that are swept, by a name that says which."""
         return {
@@ -102,17 +115,17 @@ class Rung:
 
     def _with(self, name: str, pairs: Mapping[str, Any]) -> Rung:
         """This rung with other values of some settings."""
-        of_training = [each.name for each in dataclasses.fields(Training)]
+        of_training = OF_TRAINING if self.training else {}
         options, settings, training = dict(self.options), dict[str, Any](), dict[str, Any]()
         for setting, value in pairs.items():
             if setting in option_names(self.replacement):
                 options[setting] = value
             elif setting in SETTINGS:
-                settings[setting] = value
-            elif setting in of_training and self.training:
-                training[setting] = value
+                settings[setting] = _checked(name, setting, value, SETTINGS[setting])
+            elif setting in of_training:
+                training[setting] = _checked(name, setting, value, of_training[setting])
             else:
-                known = [*option_names(self.replacement), *SETTINGS, *(of_training if self.training else ())]
+                known = [*option_names(self.replacement), *SETTINGS, *of_training]
                 raise unknown_name(f"setting of the rung {name}", setting, known)
         changed = self.training and dataclasses.replace(self.training, **training)
         return dataclasses.replace(self, options=options, training=changed, **settings)
@@ -125,6 +138,21 @@ def _combined(name: str, values: Mapping[str, list[Any]]) -> Iterator[dict[str, 
             raise ValueError(f"The rung {name} has no list of values for {setting}: give it values, or drop it.")
     for chosen in product(*values.values()):
         yield dict(zip(values, chosen, strict=True))
+
+
+def _checked(name: str, setting: str, value: Any, hint: Any) -> Any:
+    """A value from a list, which the parser lets through whatever it is.
+
+    Raises:
+        ValueError: it is of another type than its setting.
+    """
+    parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    kinds = tuple(get_origin(part) or part for part in parts)
+    allowed = (*kinds, int) if float in kinds else kinds
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"The rung {name} has the value {value!r} for {setting}: give values of the type {wanted}.")
+    return value
 
 
 def _in_words(pairs: Mapping[str, Any]) -> list[str]:

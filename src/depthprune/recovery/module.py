@@ -31,7 +31,7 @@ from depthprune.recovery.resume import (
 from depthprune.recovery.saving import ReplacementCheckpoints
 from depthprune.recovery.shared_prefix import objective_losses, suffix_start
 from depthprune.recovery.stages import enter, leave, stage_at, stages_of
-from depthprune.recovery.start_weights import pull, trained_weights
+from depthprune.recovery.start_weights import check_decay, pull, trained_weights
 from depthprune.recovery.stopping import StopRequest
 from depthprune.replacements.base import Replacement
 from depthprune.sites import PruningPlan
@@ -111,8 +111,7 @@ class RecoveryModule(ReplacementCheckpoints):
         self.save_hyperparameters(ignore=["optimizer", "scheduler", "fitting", "distillation", "matching"])
         self.fitting = fitting
         self.trained_position = "control" if control else "replacement"
-        if not 0 <= decay_to_start < math.inf:
-            raise ValueError(f"decay_to_start is {decay_to_start}: set it to 0 or more.")
+        check_decay(decay_to_start)
         self.plan = PruningPlan.load(plan)
         if replacement is not None:
             self.plan = self.plan.with_replacement(replacement, **(options or {}))
@@ -223,13 +222,15 @@ class RecoveryModule(ReplacementCheckpoints):
         """Say where a resumed run goes on, and answer a SIGTERM from now on.
 
         Raises:
-            ValueError: checkpoints would be taken in the middle of an accumulation.
+            ValueError: checkpoints would be taken in the middle of an accumulation, or a strategy cannot be followed.
         """
         check_accumulation(self.trainer)
         self._stop.listen(self.trainer)
         self.start_step = self.global_step
         if len(self.stages) > 1 and self.trainer.world_size > 1:
             raise ValueError("Strategies other than joint train in one process: set trainer.devices to 1.")
+        if len(self.stages) > 1 and self.trainer.estimated_stepping_batches == math.inf:
+            raise ValueError("Strategies other than joint divide the steps of a run: set trainer.max_steps.")
         if self.start_step:
             self.print(f"Going on after step {self.start_step}, from {self.trainer.ckpt_path}.")
             if stopped_early(self.trainer):
@@ -297,7 +298,7 @@ class RecoveryModule(ReplacementCheckpoints):
         """The optimizer over the replacements' parameters, and its schedule by steps.
 
         Raises:
-            ValueError: the replacements have no parameters.
+            ValueError: the replacements have no parameters, or a step would go back further than to the start.
         """
         parameters = replacement_parameters(self.causal_lm)
         if not parameters:
@@ -306,6 +307,7 @@ class RecoveryModule(ReplacementCheckpoints):
                 "or use `depthprune prune`."
             )
         optimizer = self.make_optimizer(parameters)
+        check_decay(self.hparams["decay_to_start"], optimizer.param_groups[0]["lr"])
         if self.make_scheduler is None:
             return optimizer
         return {

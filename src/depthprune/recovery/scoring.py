@@ -115,8 +115,16 @@ class DomainScoring(LightningModule):
             )
 
     def as_validated(self, loader: Batches) -> Iterator[Batch]:
-        """Those batches of a loader that the Trainer validates on."""
+        """Those batches of a loader that the Trainer validates on.
+
+        Raises:
+            ValueError: there is none.
+        """
         limit = self.trainer.limit_val_batches
+        if not limit:
+            raise ValueError(
+                "trainer.limit_val_batches is 0, and monitors compare what is validated: set it above 0 or remove them."
+            )
         return islice(loader, int(limit * len(loader)) if isinstance(limit, float) else limit)
 
     def _start_domains(self, loaders: Mapping[str, Batches]) -> None:

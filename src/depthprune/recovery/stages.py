@@ -16,6 +16,7 @@ from depthprune.sites import PruningPlan
 from depthprune.surgery import Slot, replacement_parameters, site_slots, switch
 
 STRATEGIES = ("joint", "independent", "sequential", "prune_one_recover_one")
+UNTRAINED = ("none", "emulated_update")  # a stage of one of these would train nothing
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ def stages_of(plan: PruningPlan, strategy: str) -> tuple[Stage, ...]:
     are there.
 
     Raises:
-        ValueError: there is no such strategy, or the plan refits or heals layers, which belong to no single
-            removal.
+        ValueError: there is no such strategy, or a stage of it has nothing to train: the layers of a refit or a healing
+            belong to no single removal.
     """
     if strategy not in STRATEGIES:
         raise unknown_name("strategy of training", strategy, STRATEGIES)
@@ -48,11 +49,13 @@ def stages_of(plan: PruningPlan, strategy: str) -> tuple[Stage, ...]:
     everything = tuple(range(count))
     if strategy == "joint":
         return (Stage(everything, everything),)
-    for removal in plan.removals:
-        if removal.replacement in ("refit", "healing"):
-            raise ValueError(
-                f"The layers that {removal.replacement} trains belong to no single removal: set {strategy} to joint."
-            )
+    names = [removal.replacement for removal in plan.removals]
+    if kept := {"refit", "healing"} & set(names):
+        raise ValueError(f"The layers that a {min(kept)} trains belong to no single removal: set {strategy} to joint.")
+    if untrained := set(UNTRAINED) & set(names):
+        raise ValueError(
+            f"The replacement {min(untrained)} has nothing to train in a stage of its own: set {strategy} to joint."
+        )
     if strategy == "independent":
         return tuple(Stage((number,), (number,)) for number in everything)
     grown = [everything[: number + 1] for number in everything]

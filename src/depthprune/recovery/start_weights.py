@@ -34,6 +34,25 @@ def pull(model: nn.Module, start: Mapping[str, Tensor], share: float) -> None:
         assign(parameter, torch.lerp(value, start[name].to(value), share))
 
 
+def check_decay(strength: float, rate: float = 0.0) -> None:
+    """Refuse a strength of the decay towards the start.
+
+    Args:
+        strength: the strength.
+        rate: the learning rate, once it is known.
+
+    Raises:
+        ValueError: it is negative or not finite, or with the learning rate more than the whole way.
+    """
+    if not 0 <= strength < math.inf:
+        raise ValueError(f"decay_to_start is {strength}: set it to 0 or more.")
+    if strength * rate > 1:
+        raise ValueError(
+            f"decay_to_start is {strength}, which at a learning rate of {rate:g} goes further than to the start: "
+            f"set it to {1 / rate:g} or less."
+        )
+
+
 def distance(model: nn.Module, start: Mapping[str, Tensor]) -> float:
     """How far weights are from where they started, over the norm of the start; the distance itself if that is 0.
 

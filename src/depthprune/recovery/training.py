@@ -24,7 +24,8 @@ from depthprune.names import unknown_name
 from depthprune.nulls import check_filled
 from depthprune.recovery.module import RecoveryModule
 from depthprune.recovery.objectives import Distillation, Matching, Objective
-from depthprune.recovery.start_weights import distance, pull
+from depthprune.recovery.stages import STRATEGIES
+from depthprune.recovery.start_weights import check_decay, distance, pull
 from depthprune.surgery import replacement_parameters
 
 SCHEDULES = ("constant", "cosine")
@@ -69,8 +70,13 @@ class Training:
                 f"training.steps is {self.steps} with {self.validations} validations: choose a multiple, so that the "
                 "last validation comes after the last step."
             )
-        if self.learning_rate <= 0 or self.batch_size < 1:
+        if not 0 < self.learning_rate < math.inf or self.batch_size < 1:
             raise ValueError("training.learning_rate and training.batch_size must be above 0.")
+        if not math.isfinite(self.interpolation):
+            raise ValueError(f"training.interpolation is {self.interpolation}: give a finite number, such as 0.5.")
+        check_decay(self.decay_to_start)
+        if self.strategy not in STRATEGIES:
+            raise unknown_name("strategy of training", self.strategy, STRATEGIES)
         if self.documents is not None and self.documents < 1:
             raise ValueError(f"training.documents is {self.documents}: set it to 1 or more, or leave it out for all.")
         if self.schedule not in SCHEDULES:

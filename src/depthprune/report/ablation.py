@@ -120,15 +120,22 @@ def report(content: Mapping[str, Any], figures: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def lowest(losses: Mapping[str, float | None]) -> str | None:
+    """The candidate with the lowest loss; those that diverged have none."""
+    found = {name: loss for name, loss in losses.items() if loss is not None}
+    return min(found, key=found.__getitem__) if found else None
+
+
 def _tuned(content: Mapping[str, Any]) -> list[str]:
     """What the tune text chose, if it chose anything."""
     if not content["tuned"]:
         return []
     body = []
     for label, losses in content["tuned"].items():
-        best = min(losses, key=losses.__getitem__)
-        others = ", ".join(f"{name}: {loss:.4f}" for name, loss in losses.items() if name != best)
-        body.append([escaped(label), f"{best}: {losses[best]:.4f}", others])
+        words = {name: f"{name}: {'diverged' if loss is None else f'{loss:.4f}'}" for name, loss in losses.items()}
+        best = lowest(losses)
+        others = ", ".join(word for name, word in words.items() if name != best)
+        body.append([escaped(label), words[best] if best else NOTHING, others])
     text = "Settings with the lowest in-domain loss on the first sample's tune text (nats/token), and the others."
     return ["## Tuned settings", text, markdown_table(["rung", "taken", "others"], body)]
 
