@@ -63,6 +63,8 @@ def test_refusals() -> None:
         Rung("low_rank_adapter", {"rank": 99}, training=TRAINING).check(WIDTH)
     with pytest.raises(ValueError, match="tune chooses settings of a training"):
         Rung("low_rank_adapter", tune={"rank": [1, 2]}).check(WIDTH)
+    with pytest.raises(ValueError, match="calibration_sequences is 0: set it to 1 or more"):
+        Rung("linear", calibration_sequences=0).check(WIDTH)
     for rung in (Rung("low_rank_adapter", training=TRAINING), Rung("refit", training=TRAINING), Rung("none")):
         rung.check(WIDTH)
 

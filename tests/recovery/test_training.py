@@ -25,7 +25,7 @@ RUNG = Rung("low_rank_adapter", {"rank": 4, "dropout": 0.1}, fitting=None, train
 
 
 def trained(
-    workshop: Workshop, folder: Path, rung: Rung = RUNG, control: bool = False
+    workshop: Workshop, folder: Path, rung: Rung = RUNG, control: bool = False, sequences: int = 4
 ) -> tuple[dict[str, Any], Mapping[str, torch.Tensor]]:
     """Train the workshop's plan; what was put down about it, and the trained weights."""
     model, _ = load(workshop.model)
@@ -37,7 +37,7 @@ def trained(
         {"other": TextSource(str(workshop.other))},
         sequence_length=LENGTH,
         batch_size=2,
-        calibration_sequences=4,
+        calibration_sequences=sequences,
         evaluation_sequences=3,
     )
     means = mean_updates(model, data.calibration_dataloader(), plan.sites)
@@ -136,3 +136,11 @@ def test_the_learning_rate_warms_up_and_comes_down() -> None:
     assert rates["cosine"][3] == pytest.approx(0.5, rel=0.01)
     assert all(now > later > 0 for now, later in zip(rates["cosine"][3:], rates["cosine"][4:], strict=False))
     assert rates["cosine"][-1] < 0.005
+
+
+def test_a_rung_with_calibration_text_of_its_own(workshop: Workshop, tmp_path: Path) -> None:
+    own = trained(workshop, tmp_path / "own", Rung("linear", calibration_sequences=12))[1]
+    wanted = trained(workshop, tmp_path / "all", Rung("linear"), sequences=12)[1]
+    usual = trained(workshop, tmp_path / "usual", Rung("linear"))[1]
+    assert all(torch.equal(own[name], value) for name, value in wanted.items())
+    assert any(not torch.equal(own[name], value) for name, value in usual.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,7 @@ from depthprune.replacements.registry import REPLACEMENTS, build_replacement, op
 from depthprune.sites import PruningPlan, Site
 from depthprune.surgery import install_slots, remove_slots, site_slots
 
-SETTINGS = {"share_runs": bool}  # of a rung itself that can be swept
+SETTINGS = {"share_runs": bool, "calibration_sequences": int}  # of a rung itself that can be swept
 OF_TRAINING = {name: hint for name, hint in get_type_hints(Training).items() if not is_dataclass(hint)}
 """Settings of a training that can be swept, and their types."""
 
@@ -45,6 +46,7 @@ class Rung:
         options: its options.
         share_runs: whether a run of adjacent removed blocks has one replacement.
         fitting: how maps are fitted; None lets them start from the mean update.
+        calibration_sequences: to how many sequences the closed form is fitted; the data module's number if not given.
         training: how it is trained after that; not at all if None.
         sweep: values of options or of the training's settings, by name: there is a rung for each combination.
         tune: the same, but of these the ones with the lowest loss on the first sample's tune text are taken.
@@ -54,6 +56,7 @@ class Rung:
     options: Mapping[str, Any] = field(default_factory=dict)
     share_runs: bool = False
     fitting: Fitting | None = field(default_factory=Fitting)
+    calibration_sequences: int | None = None
     training: Training | None = None
     sweep: Mapping[str, list[Any]] = field(default_factory=dict)
     tune: Mapping[str, list[Any]] = field(default_factory=dict)
@@ -69,6 +72,8 @@ class Rung:
         Raises:
             ValueError: no such replacement or option, or training of what has no parameters.
         """
+        if self.calibration_sequences is not None and self.calibration_sequences < 1:
+            raise ValueError(f"calibration_sequences is {self.calibration_sequences}: set it to 1 or more.")
         if not self.training:
             check_closed_form(PruningPlan.of("block.0", replacement=self.replacement, **self.options))
         with torch.device("meta"):
@@ -191,6 +196,9 @@ def climbed(
         and, of a training, what :func:`~depthprune.recovery.training.train` says.
     """
     start = time.monotonic()
+    if rung.calibration_sequences is not None:
+        data = copy.copy(data)  # with what it has packed so far
+        data.calibration_sequences = rung.calibration_sequences
     seed_everything(seed, verbose=False)
     try:
         about: dict[str, Any] = {}
