@@ -192,7 +192,7 @@ def copied(source: Path, to: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("function", "calls"),
-    [("estimate_influence", 1), ("write_influence", 1), ("mean_updates", 1), ("document_loss", 5), ("_losses", 2)],
+    [("estimate_influence", 1), ("write_influence", 1), ("mean_updates", 1), ("domain_losses", 2), ("_losses", 2)],
 )
 def test_goes_on_after_a_kill(workshop, whole, tmp_path, monkeypatch, capsys, function, calls):
     folder = tmp_path / "study"
