@@ -154,7 +154,7 @@ def test_equals_peft_and_merges(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_half_precision(family: str) -> None:
-    """Adapters are fp32 and added in fp32; they are merged in fp32 and rounded once."""
+    """Adapters are fp32 and run in the model's dtype, as peft's do under autocast; they are merged in fp32."""
     model, batch = tiny_model(family, dtype=torch.bfloat16), tiny_batch("right")
     original, names = copy.deepcopy(model), linear_layers(model, HEALED)
     install_slots(model, heal(*BLOCKS_GONE, **OPTIONS))
@@ -162,7 +162,8 @@ def test_half_precision(family: str) -> None:
     fill(model)
     state = {key: value.clone() for key, value in replacement_state(model).items()}
     reference = by_peft(bare(original), names, state)
-    assert torch.equal(plain_logits(model, batch), plain_logits(reference, batch))
+    wanted, found = (plain_logits(each, batch).float() for each in (reference, model))
+    assert (found - wanted).norm() < 0.02 * wanted.norm()
     remove_for_good(model, heal(*BLOCKS_GONE, **OPTIONS))
     for name in names:
         down, up = (state[f"{name}.replacement.lora.lora_{part}.default.weight"] for part in "AB")

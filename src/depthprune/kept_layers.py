@@ -84,11 +84,13 @@ class HealedLayer(LayerChange):
         silent = _Silent(inputs, outputs)
         alpha: Any = how.alpha  # peft says int, and divides it by the rank
         self.lora = lora.Linear(silent, ADAPTER, config=config, r=how.rank, lora_alpha=alpha)
+        self.lora.cast_input_dtype_enabled = False  # the adapter runs in the dtype of its input
 
     def forward(self, read: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:
-        """The layer's output plus the adapter's, ``(..., Q)``, added in fp32 and in the dtype of the former."""
-        own = layer(read)
-        return (own + self.lora(read)).to(own.dtype)
+        """The layer's output plus the adapter's, ``(..., Q)``, in the dtype of its input."""
+        with torch.autocast(read.device.type, read.dtype, enabled=read.dtype != torch.float32):
+            added = self.lora(read)
+        return layer(read) + added
 
     def changed(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weights with the adapter merged into them (see :meth:`LayerChange.changed`)."""
@@ -108,8 +110,8 @@ class _Silent(nn.Linear):
         self.register_parameter("bias", None)
 
     def forward(self, read: Tensor) -> Tensor:
-        """A zero in fp32, so that the adapter's output is not rounded before it is added to the layer's."""
-        return read.new_zeros((), dtype=torch.float32)
+        """A zero."""
+        return read.new_zeros(())
 
 
 def weights_of(layer: Any) -> tuple[Tensor, Tensor | None]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -298,22 +298,26 @@ def switch(model: nn.Module, position: str) -> None:
     Raises:
         ValueError: there is no such position.
     """
-    if position not in POSITIONS:
-        raise unknown_name("position of a slot", position, POSITIONS)
-    for slot in open_slots(model).values():
-        slot.slot_position = position
+    _set_positions(open_slots(model).values(), position)
 
 
 @contextmanager
 def switched(model: nn.Module, position: str) -> Iterator[None]:
     """Switch every open slot for the length of a block, then put each switch back where it was."""
-    before = {name: slot.slot_position for name, slot in open_slots(model).items()}
-    switch(model, position)
+    opened = [(slot, slot.slot_position) for slot in open_slots(model).values()]
+    _set_positions((slot for slot, _ in opened), position)
     try:
         yield
     finally:
-        for name, slot in open_slots(model).items():
-            slot.slot_position = before[name]
+        for slot, before in opened:
+            slot.slot_position = before
+
+
+def _set_positions(opened: Iterable[Slot], position: str) -> None:
+    if position not in POSITIONS:
+        raise unknown_name("position of a slot", position, POSITIONS)
+    for slot in opened:
+        slot.slot_position = position
 
 
 def site_slots(model: PreTrainedModel, plan: PruningPlan) -> dict[Site, Slot]:

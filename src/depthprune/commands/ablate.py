@@ -57,6 +57,7 @@ def ablate(
     seed: int = 0,
     dtype: str = "auto",
     revision: str | None = None,
+    attn_implementation: str | None = None,
     accelerator: str = "auto",
 ) -> None:
     """Recover the same removed sites in several ways and compare on held-out text; writes a report.
@@ -84,6 +85,7 @@ def ablate(
         seed: seed of the order of the training text, random first weights and dropout.
         dtype: auto (as saved), bfloat16, float16 or float32.
         revision: branch, tag or commit on the hub.
+        attn_implementation: sdpa, eager, flash_attention_2, ... (on a CPU and at 256 tokens eager is the fastest).
         accelerator: as in Lightning: auto, cpu, gpu.
     """
     config = as_data(locals())
@@ -99,7 +101,7 @@ def ablate(
     with only_writer(folder, "ablate"):
         content = _opened(folder / RESULTS, config)
         fabric = start_fabric(accelerator)
-        causal_lm, _ = load(model, dtype=dtype, revision=revision)
+        causal_lm, _ = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
         for label, rung in chosen.items():
             for candidate in rung.candidates(label).values():
                 candidate.check(causal_lm.config.hidden_size)
