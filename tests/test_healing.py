@@ -154,7 +154,7 @@ def test_equals_peft_and_merges(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_half_precision(family: str) -> None:
-    """Adapters are fp32 and run in the model's dtype, as peft's do under autocast; they are merged in fp32."""
+    """Adapters are fp32 and run in the model's dtype, near to peft's in fp32; they are merged in fp32, rounded once."""
     model, batch = tiny_model(family, dtype=torch.bfloat16), tiny_batch("right")
     original, names = copy.deepcopy(model), linear_layers(model, HEALED)
     install_slots(model, heal(*BLOCKS_GONE, **OPTIONS))

@@ -20,7 +20,7 @@ from depthprune.pruning import swapped
 from depthprune.recovery.closed_form import calibrate_on
 from depthprune.recovery.fitting import Fitting
 from depthprune.recovery.module import RecoveryModule
-from depthprune.report.ablation import rows
+from depthprune.report.ablation import report, rows
 from depthprune.sites import PruningPlan
 from depthprune.surgery import install_slots
 from tests.command_line import Workshop, documents, refusal, run, write_config
@@ -182,6 +182,14 @@ def test_report_and_figures(ablated: Path) -> None:
     events = EventAccumulator(str(ablated / "out/tensorboard"))
     events.Reload()
     assert {"share recovered", "share recovered by rank", "forgetting"} <= set(events.Tags()["images"])
+
+
+def test_the_report_says_which_rungs_are_fitted_to_other_text(ablated: Path) -> None:
+    content = results(ablated)
+    assert " each. Recovered is" in report(content, ["ablation.png"])
+    content["config"]["rungs"]["map"]["calibration_sequences"] = 12
+    content["settings"]["adapter"]["adapter rank 2"]["calibration_sequences"] = 9
+    assert " each (adapter rank 2 to 9; map to 12). Recovered is" in report(content, ["ablation.png"])
 
 
 def test_a_killed_run_goes_on(

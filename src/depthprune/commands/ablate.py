@@ -85,7 +85,7 @@ def ablate(
         seed: seed of the order of the training text, random first weights and dropout.
         dtype: auto (as saved), bfloat16, float16 or float32.
         revision: branch, tag or commit on the hub.
-        attn_implementation: sdpa, eager, flash_attention_2, ... (on a CPU and at 256 tokens eager is the fastest).
+        attn_implementation: sdpa, eager, flash_attention_2, ....
         accelerator: as in Lightning: auto, cpu, gpu.
     """
     config = as_data(locals())

@@ -86,6 +86,17 @@ def rows(content: Mapping[str, Any]) -> list[Row]:
     return found
 
 
+def _own_text(content: Mapping[str, Any]) -> str:
+    """Which rungs are fitted to another number of sequences, in brackets."""
+    numbers = {
+        label: pairs.get("calibration_sequences", rung.get("calibration_sequences"))
+        for name, rung in content["config"]["rungs"].items()
+        for label, pairs in content["settings"][name].items()
+    }
+    own = "; ".join(f"{escaped(label)} to {number}" for label, number in numbers.items() if number is not None)
+    return f" ({own})" if own else ""
+
+
 def report(content: Mapping[str, Any], figures: Sequence[str]) -> str:
     """The results as Markdown, a table for each domain.
 
@@ -99,9 +110,9 @@ def report(content: Mapping[str, Any], figures: Sequence[str]) -> str:
     parts = [
         f"# Ways to recover: {escaped(config['model'])}",
         f"{config['samples']} disjoint samples of the texts; fitted to {config['calibration_sequences']} sequences of "
-        f"{config['sequence_length']} tokens of {first} each. Recovered is the share of the loss that came back, (none "
-        "- rung) / (none - unpruned), pooled over samples, with a 95% interval by bootstrap over documents, paired; "
-        "behind it the share on each sample. * where the interval of the difference to "
+        f"{config['sequence_length']} tokens of {first} each{_own_text(content)}. Recovered is the share of the loss "
+        "that came back, (none - rung) / (none - unpruned), pooled over samples, with a 95% interval by bootstrap over "
+        "documents, paired; behind it the share on each sample. * where the interval of the difference to "
         f"{escaped(config['baseline'])} excludes 0.",
         f"![Share recovered]({figures[0]})",
     ]
