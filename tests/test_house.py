@@ -88,6 +88,7 @@ LAYERS = [
     {"callbacks.overfitting", "callbacks.agreement", "callbacks.updates", "callbacks.run_card"},
     {"recovery.training"},
     {"recovery.ladder"},
+    {"recovery.ablations"},
     {"report.results", "report.markdown"},
     {"report.findings", "figures", "report.ablation", "study_file"},
     {"report.sections", "report.sweeps"},

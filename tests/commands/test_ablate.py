@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from depthprune.commands import ablate as ablate_module
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import TextSource
 from depthprune.evaluation.domains import document_loss
 from depthprune.loading import load, save
 from depthprune.pruning import swapped
+from depthprune.recovery.ablations import Ablation
 from depthprune.recovery.closed_form import calibrate_on
 from depthprune.recovery.fitting import Fitting
 from depthprune.recovery.module import RecoveryModule
@@ -195,7 +195,7 @@ def test_the_report_says_which_rungs_are_fitted_to_other_text(ablated: Path) -> 
 def test_a_killed_run_goes_on(
     ablated: Path, workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure, done = ablate_module._Run.measure, list[str]()
+    measure, done = Ablation.measure, list[str]()
 
     def dies(*arguments: Any) -> Any:
         if len(done) == 4:
@@ -203,7 +203,7 @@ def test_a_killed_run_goes_on(
         done.append(arguments[1])
         return measure(*arguments)
 
-    monkeypatch.setattr(ablate_module._Run, "measure", dies)
+    monkeypatch.setattr(Ablation, "measure", dies)
     assert run(*settings(workshop, tmp_path)) == 130
     assert done == LABELS[:4]
 
@@ -211,7 +211,7 @@ def test_a_killed_run_goes_on(
         done.append(arguments[1])
         return measure(*arguments)
 
-    monkeypatch.setattr(ablate_module._Run, "measure", lives)
+    monkeypatch.setattr(Ablation, "measure", lives)
     assert run(*settings(workshop, tmp_path)) == 0
     assert done == 2 * LABELS
     ours, theirs = results(tmp_path)["losses"], results(ablated)["losses"]
@@ -264,7 +264,7 @@ def test_trainings_that_differ_in_the_weights_taken_are_one(
 def test_a_run_does_not_go_on_with_other_weights_sites_or_texts(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure, done = ablate_module._Run.measure, list[str]()
+    measure, done = Ablation.measure, list[str]()
 
     def dies(*arguments: Any) -> Any:
         if len(done) == 2:
@@ -277,7 +277,7 @@ def test_a_run_does_not_go_on_with_other_weights_sites_or_texts(
     shutil.copy(workshop.text, text)
     rungs = {"constant": {"replacement": "emulated_update"}}
     here = settings(workshop, tmp_path, rungs=rungs, model=model, text={"path": text}, domains={})
-    monkeypatch.setattr(ablate_module._Run, "measure", dies)
+    monkeypatch.setattr(Ablation, "measure", dies)
     assert run(*here) == 130
     monkeypatch.undo()
 

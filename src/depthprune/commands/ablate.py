@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from transformers import PreTrainedModel
 
 from depthprune.anatomy import unpruned_fingerprint
 from depthprune.configuration import as_data, check_config
-from depthprune.data.batches import Batches
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
-from depthprune.evaluation.domains import DomainLoss, domain_losses
 from depthprune.figures import write_figures
-from depthprune.files import make_folder, only_writer, read_json, write_json, write_text
+from depthprune.files import make_folder, only_writer, read_json, write_text
 from depthprune.loading import load
 from depthprune.names import slug, unknown_name
 from depthprune.progress import tracked
-from depthprune.recovery.divergence import Diverged
-from depthprune.recovery.ladder import Rung, climbed
-from depthprune.report.ablation import BARE, UNPRUNED, ablation_figure, console_table, lowest, report
+from depthprune.recovery.ablations import BARE, RESULTS, UNPRUNED, Ablation, run_name
+from depthprune.recovery.ladder import Rung
+from depthprune.report.ablation import ablation_figure, console_table, report
 from depthprune.report.sweeps import forgetting_figure, sweep_figures
 from depthprune.sites import PruningPlan
-from depthprune.surgery import check_plan, install_slots, remove_slots, switched
+from depthprune.surgery import check_plan
 
 VERSION = 3
-RESULTS = "ablation.json"
 
 
 def ablate(
@@ -112,7 +106,7 @@ def ablate(
         _check_same(content, folder, "plan", [removal.to_dict() for removal in sites.removals])
         content["starts"] = {label: start for label in chosen if (start := _start(label, chosen))}
         content["settings"] = {name: rung.settings(name) for name, rung in rungs.items()}
-        run = _Run(causal_lm, sites, chosen, folder, content)
+        run = Ablation(causal_lm, sites, chosen, folder, content)
         todo = [
             (sample, label)
             for sample in range(samples)
@@ -134,105 +128,6 @@ def ablate(
         write_figures(folder, figures)
         Console().print(console_table(content))
         print(f"Wrote {RESULTS}, ablation.md, {len(figures)} figures and TensorBoard event files to {folder}.")
-
-
-@dataclass
-class _Run:
-    """An ablation under way."""
-
-    causal_lm: PreTrainedModel
-    sites: PruningPlan
-    chosen: dict[str, Rung]
-    folder: Path
-    content: dict[str, Any]
-
-    def save(self) -> None:
-        """Write down the results so far."""
-        write_json(self.folder / RESULTS, self.content)
-
-    def measure(self, label: str, sample: int, data: TextDataModule) -> dict[str, Any]:
-        """What is put down about one rung on one sample; first the settings that the tune text chooses are chosen."""
-        loaders = data.test_dataloader()
-        if label not in self.chosen:
-            install_slots(self.causal_lm, self.sites.with_replacement("none"))
-            try:
-                with switched(self.causal_lm, "original" if label == UNPRUNED else "none"):
-                    return {"seconds": 0.0, "parameters": 0, "losses": self._losses(label, loaders)}
-            finally:
-                remove_slots(self.causal_lm)
-        candidates = self.chosen[label].candidates(label)
-        name = next(iter(candidates)) if len(candidates) == 1 else self._tuned(label, candidates, sample, data)
-        rung = candidates[name]
-        about = self._climb(label, rung, sample, data, loaders)
-        if self.content["config"]["controls"] and rung.training:
-            about["control"] = self._climb(label, rung, sample, data, loaders, control=True)["losses"]
-        return {"settings": name, **about}
-
-    def _tuned(self, label: str, candidates: Mapping[str, Rung], sample: int, data: TextDataModule) -> str:
-        """The candidate with the lowest in-domain loss on the tune text, on the first sample.
-
-        Raises:
-            ValueError: the training of each diverged.
-        """
-        found = self.content["tuned"].setdefault(label, {})
-        domain = next(iter(data.domains))
-        tune = {domain: data.val_dataloader()[domain]}
-        for name, candidate in candidates.items():
-            if name not in found:
-                try:
-                    losses = self._climb(label, candidate, sample, data, tune)["losses"]
-                    found[name] = DomainLoss.from_dict(losses[domain]).loss
-                except Diverged as error:
-                    print(f"{label} with {name}: {error}", flush=True)
-                    found[name] = None
-                self.save()
-        taken = lowest(found)
-        if taken is None:
-            raise ValueError(
-                f"The training of {label} diverged with all of {'; '.join(candidates)}: give tune others, such as "
-                "lower learning rates, and name another output."
-            )
-        return taken
-
-    def _climb(
-        self,
-        label: str,
-        rung: Rung,
-        sample: int,
-        data: TextDataModule,
-        loaders: Mapping[str, Batches],
-        control: bool = False,
-    ) -> dict[str, Any]:
-        """Find a rung's replacements and measure them; a training that is finished already is taken as it is."""
-        plan, seed = rung.plan(self.sites), self.content["config"]["seed"]
-        run = self._run_of(rung, sample) + ("-control" if control else "")
-        with climbed(self.causal_lm, plan, data, rung, self.folder, run, seed, control=control) as about:
-            seconds = self.content["seconds"].setdefault(run, round(about["seconds"], 1))
-            return {**about, "seconds": seconds, "losses": self._losses(label, loaders)}
-
-    def _run_of(self, rung: Rung, sample: int) -> str:
-        """The name of a training: that of the first rung that shares it."""
-        return next(
-            _run_name(label, sample, name)
-            for label, each in self.chosen.items()
-            for name, candidate in each.candidates(label).items()
-            if candidate.whole_training() == rung.whole_training()
-        )
-
-    def _losses(self, what: str, loaders: Mapping[str, Batches]) -> dict[str, Any]:
-        """The losses on all domains as plain data.
-
-        Raises:
-            Diverged: one is not finite.
-        """
-        found = domain_losses(self.causal_lm, loaders)
-        for name, loss in found.items():
-            if not math.isfinite(loss.loss):
-                raise Diverged(
-                    f"The loss of {what} on {name} is {loss.loss}: check the model's weights, and lower the learning "
-                    "rate where something is trained."
-                )
-        return {name: loss.to_dict() for name, loss in found.items()}
 
 
 def _figures(content: Mapping[str, Any]) -> dict[str, tuple[str, Figure]]:
@@ -271,7 +166,7 @@ def _chosen(rungs: Mapping[str, Rung]) -> dict[str, Rung]:
             if label in chosen:
                 raise ValueError(f"Two rungs are named {label!r}, after what is swept: give one another name.")
             for candidate in each.candidates(label):
-                folder = _run_name(label, 0, candidate)
+                folder = run_name(label, 0, candidate)
                 if folder in owners:
                     raise ValueError(
                         f"The rungs {owners[folder]!r} and {label!r} would have the same folder: give one a name that "
@@ -280,12 +175,6 @@ def _chosen(rungs: Mapping[str, Rung]) -> dict[str, Rung]:
                 owners[folder] = label
             chosen[label] = each
     return chosen
-
-
-def _run_name(label: str, sample: int, candidate: str) -> str:
-    """Where the checkpoints and event files of a training go."""
-    parts = (label, str(sample), candidate)
-    return "/".join(filter(None, (slug(part.replace(" -", " minus ")) for part in parts)))  # -4 is not 4
 
 
 def _opened(path: Path, config: dict[str, Any]) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from rich.table import Table
 
 from depthprune.evaluation.domains import DomainLoss, Interval, is_quick
 from depthprune.plotting import BLUE, GREY, errors, legend, new_figure, plain, tidy
+from depthprune.recovery.ablations import BARE, UNPRUNED, lowest
 from depthprune.report.markdown import escaped, starred
 from depthprune.report.markdown import table as markdown_table
 
-UNPRUNED, BARE = "unpruned", "none"
 NOTHING = "–"
 LOWEST = -50.0  # percent that figures show
 
@@ -129,12 +129,6 @@ def report(content: Mapping[str, Any], figures: Sequence[str]) -> str:
     parts += _tuned(content)
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in figures[1:]]
     return "\n\n".join(parts) + "\n"
-
-
-def lowest(losses: Mapping[str, float | None]) -> str | None:
-    """The candidate with the lowest loss; those that diverged have none."""
-    found = {name: loss for name, loss in losses.items() if loss is not None}
-    return min(found, key=found.__getitem__) if found else None
 
 
 def _tuned(content: Mapping[str, Any]) -> list[str]:
