@@ -92,7 +92,7 @@ LAYERS = [
     {"report.results", "report.markdown"},
     {"report.findings", "figures", "report.ablation", "study_file"},
     {"report.sections", "report.sweeps"},
-    {"report.render"},
+    {"report.render", "report.plans"},
     {
         "commands.ablate",
         "commands.catalogue",

@@ -210,3 +210,18 @@ def test_runs_share_one_replacement() -> None:
     ]
     assert shared.sites == plan.sites
     assert shared.with_shared_runs() == shared
+
+
+def test_replacements_at_some_sites_alone():
+    plan = PruningPlan.of("block.1", "block.2", "mlp.4", replacement="linear")
+    some = plan.only_at([Site.parse("block.2")])
+    assert [(removal.sites, removal.replacement) for removal in some.removals] == [
+        ((Site(1, "block"),), "none"),
+        ((Site(2, "block"),), "linear"),
+        ((Site(4, "mlp"),), "none"),
+    ]
+    assert plan.only_at(plan.sites) == plan
+    with pytest.raises(ValueError, match=r"block\.3 is not removed: name some of block\.1, block\.2, mlp\.4"):
+        plan.only_at([Site.parse("block.3")])
+    with pytest.raises(ValueError, match="have one replacement in the plan: name all of them or none"):
+        plan.with_shared_runs().only_at([Site.parse("block.2")])

@@ -199,6 +199,25 @@ class PruningPlan:
         """The same sites with another replacement everywhere."""
         return replace(self, removals=tuple(Removal(r.sites, replacement, options) for r in self.removals))
 
+    def only_at(self, sites: Iterable[Site]) -> PruningPlan:
+        """The same plan with its replacements at these sites alone, and nothing in the place of the others.
+
+        Raises:
+            ValueError: one of them is not removed, or only a part of what has one replacement is named.
+        """
+        wanted = set(sites)
+        if strangers := sorted(wanted - set(self.sites)):
+            raise ValueError(f"{strangers[0]} is not removed: name some of {', '.join(map(str, self.sites))}.")
+        kept = []
+        for removal in self.removals:
+            chosen = wanted & set(removal.sites)
+            if chosen and chosen != set(removal.sites):
+                raise ValueError(
+                    f"{', '.join(map(str, removal.sites))} have one replacement in the plan: name all of them or none."
+                )
+            kept.append(removal if chosen else Removal(removal.sites))
+        return replace(self, removals=tuple(kept))
+
     def with_shared_runs(self) -> PruningPlan:
         """The same plan with one replacement for each run of adjacent blocks that have the same."""
         merged: list[Removal] = []

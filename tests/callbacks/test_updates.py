@@ -36,7 +36,7 @@ from tests.tiny_models import tiny_batch, tiny_model
 pytestmark = pytest.mark.filterwarnings("ignore")
 MONITOR = {"class_path": "depthprune.callbacks.updates.UpdateMonitor"}
 SITES = ("block.2", "attention.3", "block.4")
-COMPARED = ("norm", "cosine", "relative_error")
+COMPARED = ("norm", "cosine", "relative_error", "concentration", "concentration_removed", "mean_cosine")
 
 
 def settings_of(workshop: Workshop, folder: Path, *monitors: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +76,11 @@ def adapters(folder: Path, step: int) -> dict[str, dict[str, Tensor]]:
 
 def compared(added: Tensor, removed: Tensor) -> dict[str, float]:
     dots = (added * removed).sum(-1)
+    own, its = ((part / part.norm(dim=-1, keepdim=True)).flatten(0, -2).mean(0) for part in (added, removed))
     return {
+        "concentration": float(own.norm()),
+        "concentration_removed": float(its.norm()),
+        "mean_cosine": float(own @ its / (own.norm() * its.norm())),
         "norm": float(added.norm(dim=-1).mean() / removed.norm(dim=-1).mean()),
         "cosine": float((dots / (added.norm(dim=-1) * removed.norm(dim=-1))).mean()),
         "relative_error": float((added - removed).norm(dim=-1).mean() / removed.norm(dim=-1).mean()),
@@ -165,7 +169,7 @@ def test_a_resumed_run_goes_on_with_the_same_start(workshop: Workshop, watched: 
     assert run("fit", "--config", config, "--ckpt_path", watched / "validated" / "step=4.ckpt") == 0
     whole, resumed = scalars(watched / "tensorboard"), scalars(tmp_path / "tensorboard")
     tags = {tag for tag in whole if tag.startswith("5_")}
-    assert len(tags) == 28
+    assert len(tags) == 46
     for tag in tags:
         assert resumed[tag] == {step: value for step, value in whole[tag].items() if step >= 4}, tag
 

@@ -295,6 +295,87 @@ def test_a_run_does_not_go_on_with_other_weights_sites_or_texts(
     assert run(*here) == 0
 
 
+SEVERAL = {"deep": ["block.4"], "pair": ["block.1", "block.3"]}
+
+
+def test_several_plans_beside_each_other(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rungs = {
+        "constant": {"replacement": "emulated_update"},
+        "map": {"replacement": "linear", "share_runs": True},
+    }
+    command = settings(workshop, tmp_path, rungs=rungs, samples=1, plan=SEVERAL)
+    measure, done = Ablation.measure, list[tuple[str, str]]()
+
+    def counted(run: Ablation, label: str, *rest: Any) -> Any:
+        if len(done) == 6:
+            raise KeyboardInterrupt
+        done.append((run.folder.name, label))
+        return measure(run, label, *rest)
+
+    monkeypatch.setattr(Ablation, "measure", counted)
+    assert run(*command) == 130
+    monkeypatch.undo()
+    assert run(*command) == 0
+    labels = ["unpruned", "none", "constant", "map"]
+    assert done == [("deep", label) for label in labels] + [("pair", label) for label in labels[:2]]
+
+    alone = settings(workshop, tmp_path / "alone", rungs=rungs, samples=1)
+    PruningPlan.of("block.1", "block.3").save(tmp_path / "alone/cut.json")
+    assert run(*alone) == 0
+    single = results(tmp_path / "alone")
+    pair = json.loads((tmp_path / "out/pair/ablation.json").read_text())
+    assert pair["losses"]["0"]["map"]["losses"] == single["losses"]["0"]["map"]["losses"]
+    assert pair["config"]["plan"] == SEVERAL["pair"]
+
+    text = (tmp_path / "out/plans.md").read_text()
+    found = {row.label: row for row in rows(pair) if row.domain == "law"}
+    law = text[text.index("## law") :]
+    (line,) = [line for line in law.splitlines() if line.startswith("| [pair](pair/ablation.md) |")]
+    cells = [cell.strip() for cell in line.split("|")[2:-1]]
+    updates = pair["losses"]["0"]["map"]["updates"]
+    concentration = sum(site["concentration_removed"] for site in updates.values()) / 2
+    assert cells[:2] == [f"{found['none'].loss - found['unpruned'].loss:.3f}", f"{concentration:.2f}"]
+    assert cells[3].startswith(f"{100 * found['map'].recovered.value:.1f} [")
+    assert (tmp_path / "out/plans.png").stat().st_size > 10_000
+    events = EventAccumulator(str(tmp_path / "out/tensorboard"))
+    events.Reload()
+    assert events.Tags()["images"] == ["share recovered by plan"]
+
+    several = {**SEVERAL, "pair": ["block.0", "block.3"]}
+    sentence = refusal(*settings(workshop, tmp_path, rungs=rungs, samples=1, plan=several))
+    assert "out/pair holds an ablation with another configuration (plan differ)" in sentence
+
+
+def test_a_rung_may_stand_in_some_of_the_sites(workshop: Workshop, tmp_path: Path) -> None:
+    rungs = {"constant": {"replacement": "emulated_update"}, "deep": {"replacement": "linear", "sites": ["block.3"]}}
+    assert run(*settings(workshop, tmp_path, rungs=rungs, samples=1)) == 0
+    found = results(tmp_path)["losses"]["0"]
+    assert list(found["deep"]["updates"]) == ["block.3"]
+    assert found["deep"]["parameters"] == 32 * 33
+    assert list(found["constant"]["updates"]) == ["block.2", "block.3"]
+    text = (tmp_path / "out/ablation.md").read_text()
+    table = text[text.index("## What stands there") :]
+    figures = found["deep"]["updates"]["block.3"]
+    assert f"| deep | {figures['norm']:.3f} | {figures['cosine']:.3f} | {figures['relative_error']:.3f} |" in table
+    assert found["constant"]["updates"]["block.2"]["concentration"] == pytest.approx(1)
+    for sites, message in ((["block.1"], "block.1 is not removed: name some of block.2, block.3"), ([], "sites is")):
+        rungs["deep"]["sites"] = sites
+        assert message in refusal(*settings(workshop, tmp_path / "other", rungs=rungs))
+
+
+def test_refused_plans(workshop: Workshop, tmp_path: Path) -> None:
+    for plan, message in (
+        ({}, "There is no plan"),
+        ({"../up": ["block.2"]}, "A plan cannot be named '../up'"),
+        ({"..": ["block.2"]}, "A plan cannot be named '..'"),
+        ({"empty": []}, "The plan empty removes nothing"),
+        ({"first": ["block.2"], "second": ["block.99"]}, "block.99"),
+        ({"first": ["block.2"], "second": ["blok.9"]}, "Unknown kind of site 'blok'"),
+    ):
+        assert message in refusal(*settings(workshop, tmp_path, plan=plan))
+        assert not list(tmp_path.glob("out/**/ablation.json"))
+
+
 def test_values_with_which_training_diverges_are_not_taken(workshop: Workshop, tmp_path: Path) -> None:
     rung = {**RUNGS["trained"], "tune": {"learning_rate": [1e30, 0.001]}}
     small = {"samples": 1, "controls": False, "domains": {}, "baseline": "none"}

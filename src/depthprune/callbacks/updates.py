@@ -27,6 +27,9 @@ class UpdateMonitor(RecoveryMonitor):
     - ``5_updates/SITE/norm``: mean norm of the replacement's update over that of the removed one.
     - ``5_updates/SITE/cosine``: mean cosine between the two.
     - ``5_updates/SITE/relative_error``: mean norm of their difference over that of the removed one.
+    - ``5_updates/SITE/concentration``, ``concentration_removed``: how constant the direction of each is over tokens, 1
+      if it is always the same.
+    - ``5_updates/SITE/mean_cosine``: the cosine between the mean directions of the two.
 
     The replacement reads the pruned model's own stream, the removed update is that in the unpruned one. A replacement
     that also makes up for what is lacking before it may well be further from the update than one that does not.

@@ -25,16 +25,16 @@ from depthprune.progress import tracked
 from depthprune.recovery.ablations import BARE, RESULTS, UNPRUNED, Ablation, run_name
 from depthprune.recovery.ladder import Rung
 from depthprune.report.ablation import ablation_figure, console_table, report
+from depthprune.report.plans import plans_figure, plans_report
 from depthprune.report.sweeps import forgetting_figure, sweep_figures
 from depthprune.sites import PruningPlan
-from depthprune.surgery import check_plan
 
 VERSION = 3
 
 
 def ablate(
     model: str,
-    plan: str,
+    plan: dict[str, list[str]] | str,
     text: TextSource,
     domains: dict[str, TextSource],
     rungs: dict[str, Rung],
@@ -61,7 +61,8 @@ def ablate(
 
     Args:
         model: an embedded model's name, a hub name or a folder.
-        plan: plan.json of `depthprune prune`: which sites go.
+        plan: plan.json of `depthprune prune`: which sites go; or, by a name, lists of sites: the ablation is done for
+            each in a folder of that name, and plans.md has them beside each other.
         text: the text to fit to; its held-out part is the first domain.
         domains: other texts, never fitted to, by name.
         rungs: the rungs by name. Settings under `sweep` have a rung for each value; of those under `tune` the one with
@@ -90,44 +91,92 @@ def ablate(
         raise unknown_name("baseline", baseline, [BARE, *chosen])
     if samples < 1:
         raise ValueError(f"samples is {samples}: set it to 1 or more.")
-    sites = PruningPlan.load(plan)
+    plans = _plans(plan)
     folder = make_folder(output)
     with only_writer(folder, "ablate"):
-        content = _opened(folder / RESULTS, config)
+        opened = {name: _opened(folder / name / RESULTS, _of_plan(config, name)) for name in plans}
         fabric = start_fabric(accelerator)
         causal_lm, _ = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
-        for label, rung in chosen.items():
-            for candidate in rung.candidates(label).values():
-                candidate.check(causal_lm.config.hidden_size)
-                check_plan(causal_lm, candidate.plan(sites))
-                candidate.check_stages(candidate.plan(sites))
         torch.nn.Module.to(causal_lm, fabric.device)
-        _check_same(content, folder, "weights", unpruned_fingerprint(causal_lm).weights)
-        _check_same(content, folder, "plan", [removal.to_dict() for removal in sites.removals])
-        content["starts"] = {label: start for label in chosen if (start := _start(label, chosen))}
-        content["settings"] = {name: rung.settings(name) for name, rung in rungs.items()}
-        run = Ablation(causal_lm, sites, chosen, folder, content)
-        todo = [
-            (sample, label)
-            for sample in range(samples)
-            for label in (UNPRUNED, BARE, *chosen)
-            if label not in content["losses"].get(str(sample), {})
-        ]
-        print(f"Recovering {len(sites.sites)} sites of {model} in {len(chosen)} ways on {samples} samples.", flush=True)
-        data: dict[int, TextDataModule] = {}
-        for sample, label in tracked(todo, "Rungs"):
-            if sample not in data:
-                data = {sample: _sample(config, text, domains, sample)}
-                _check_same(content, folder, f"text of sample {sample}", _fingerprints(data[sample]))
-            measured = run.measure(label, sample, data[sample])
-            content["losses"].setdefault(str(sample), {})[label] = measured
-            run.save()
-        shutil.rmtree(folder / "training", ignore_errors=True)  # everything is measured
-        figures = _figures(content)
-        write_text(folder / "ablation.md", report(content, [name for name, _ in figures.values()]))
-        write_figures(folder, figures)
-        Console().print(console_table(content))
-        print(f"Wrote {RESULTS}, ablation.md, {len(figures)} figures and TensorBoard event files to {folder}.")
+        runs = {
+            name: Ablation(causal_lm, sites, chosen, make_folder(folder / name), opened[name])
+            for name, sites in plans.items()
+        }
+        for run in runs.values():
+            run.check()
+            _check_same(run.content, run.folder, "weights", unpruned_fingerprint(causal_lm).weights)
+            _check_same(run.content, run.folder, "plan", [removal.to_dict() for removal in run.sites.removals])
+            run.content["starts"] = {label: start for label in chosen if (start := _start(label, chosen))}
+            run.content["settings"] = {name: rung.settings(name) for name, rung in rungs.items()}
+        for name, run in runs.items():
+            _measure(run, text, domains, f"plan {name}: " if name else "")
+            _write(run)
+        if "" not in runs:
+            _write_plans(folder, {name: run.content for name, run in runs.items()})
+
+
+def _measure(run: Ablation, text: TextSource, domains: dict[str, TextSource], what: str) -> None:
+    """Find and measure all that is not measured yet."""
+    config, labels = run.content["config"], (UNPRUNED, BARE, *run.chosen)
+    todo = [
+        (sample, label)
+        for sample in range(config["samples"])
+        for label in labels
+        if label not in run.content["losses"].get(str(sample), {})
+    ]
+    count, ways = len(run.sites.sites), len(run.chosen)
+    print(
+        f"Recovering {what}{count} sites of {config['model']} in {ways} ways on {config['samples']} samples.",
+        flush=True,
+    )
+    data: dict[int, TextDataModule] = {}
+    for sample, label in tracked(todo, "Rungs"):
+        if sample not in data:
+            data = {sample: _sample(config, text, domains, sample)}
+            _check_same(run.content, run.folder, f"text of sample {sample}", _fingerprints(data[sample]))
+        measured = run.measure(label, sample, data[sample])
+        run.content["losses"].setdefault(str(sample), {})[label] = measured
+        run.save()
+    shutil.rmtree(run.folder / "training", ignore_errors=True)  # everything is measured
+
+
+def _write(run: Ablation) -> None:
+    """Write the report and the figures of one plan's ablation."""
+    figures = _figures(run.content)
+    write_text(run.folder / "ablation.md", report(run.content, [name for name, _ in figures.values()]))
+    write_figures(run.folder, figures)
+    Console().print(console_table(run.content))
+    print(f"Wrote {RESULTS}, ablation.md, {len(figures)} figures and TensorBoard event files to {run.folder}.")
+
+
+def _write_plans(folder: Path, contents: dict[str, dict[str, Any]]) -> None:
+    """Write the report that has all plans beside each other."""
+    write_text(folder / "plans.md", plans_report(contents))
+    write_figures(folder, {"share recovered by plan": ("plans.png", plans_figure(contents))})
+    print(f"Wrote plans.md, plans.png and a TensorBoard event file to {folder}.")
+
+
+def _plans(plan: dict[str, list[str]] | str) -> dict[str, PruningPlan]:
+    """The plans by the name of their folder; one from a file has no folder of its own.
+
+    Raises:
+        ValueError: there is none, or a name cannot be a folder's.
+    """
+    if isinstance(plan, str):
+        return {"": PruningPlan.load(plan)}
+    if not plan:
+        raise ValueError("There is no plan: give the path of a plan.json, or sites by the name of a plan.")
+    for name, sites in plan.items():
+        if slug(name) != name or not name[:1].isalnum() or name in ("tensorboard", "training"):
+            raise ValueError(f"A plan cannot be named {name!r}: choose another name of letters, digits and -_.")
+        if not sites:
+            raise ValueError(f"The plan {name} removes nothing: name its sites, such as block.12.")
+    return {name: PruningPlan.of(*sites) for name, sites in plan.items()}
+
+
+def _of_plan(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """The configuration of one plan's ablation."""
+    return {**config, "plan": config["plan"][name]} if name else config
 
 
 def _figures(content: Mapping[str, Any]) -> dict[str, tuple[str, Figure]]:

@@ -17,8 +17,9 @@ from depthprune.files import write_json
 from depthprune.names import slug
 from depthprune.recovery.divergence import Diverged
 from depthprune.recovery.ladder import Rung, climbed
+from depthprune.recovery.updates import compare_updates, standing
 from depthprune.sites import PruningPlan
-from depthprune.surgery import install_slots, remove_slots, switched
+from depthprune.surgery import check_plan, install_slots, remove_slots, switched
 
 RESULTS = "ablation.json"
 UNPRUNED, BARE = "unpruned", "none"
@@ -26,13 +27,33 @@ UNPRUNED, BARE = "unpruned", "none"
 
 @dataclass
 class Ablation:
-    """An ablation under way."""
+    """An ablation of one plan under way.
+
+    Attributes:
+        causal_lm: the unpruned model.
+        sites: which sites go.
+        chosen: the rungs by label, none of them with a sweep.
+        folder: where results, checkpoints and event files go.
+        content: the results so far.
+    """
 
     causal_lm: PreTrainedModel
     sites: PruningPlan
     chosen: dict[str, Rung]
     folder: Path
     content: dict[str, Any]
+
+    def check(self) -> None:
+        """Refuse rungs that do not go with the model or the plan.
+
+        Raises:
+            ValueError: there is no such site, replacement or option, or nothing to train.
+        """
+        for label, rung in self.chosen.items():
+            for candidate in rung.candidates(label).values():
+                candidate.check(self.causal_lm.config.hidden_size)
+                check_plan(self.causal_lm, candidate.plan(self.sites))
+                candidate.check_stages(candidate.plan(self.sites))
 
     def save(self) -> None:
         """Write down the results so far."""
@@ -96,7 +117,15 @@ class Ablation:
         run = self._run_of(rung, sample) + ("-control" if control else "")
         with climbed(self.causal_lm, plan, data, rung, self.folder, run, seed, control=control) as about:
             seconds = self.content["seconds"].setdefault(run, round(about["seconds"], 1))
-            return {**about, "seconds": seconds, "losses": self._losses(label, loaders)}
+            found = {**about, "seconds": seconds, "losses": self._losses(label, loaders)}
+            return found if control else {**found, "updates": self._updates(plan, data)}
+
+    def _updates(self, plan: PruningPlan, data: TextDataModule) -> dict[str, dict[str, float]]:
+        """What stands in each removed site beside what was removed, on the in-domain tune text."""
+        if not standing(self.causal_lm, plan):
+            return {}
+        found = compare_updates(self.causal_lm, plan, data.val_dataloader()[next(iter(data.domains))])
+        return {str(site): figures for site, figures in found.items()}
 
     def _run_of(self, rung: Rung, sample: int) -> str:
         """The name of a training: that of the first rung that shares it."""

@@ -44,6 +44,7 @@ class Rung:
     Attributes:
         replacement: what stands there.
         options: its options.
+        sites: where it stands, such as ``["block.3"]``, with nothing in the other removed sites; in all if not given.
         share_runs: whether a run of adjacent removed blocks has one replacement.
         fitting: how maps are fitted; None lets them start from the mean update.
         calibration_sequences: to how many sequences the closed form is fitted; the data module's number if not given.
@@ -54,6 +55,7 @@ class Rung:
 
     replacement: str = "none"
     options: Mapping[str, Any] = field(default_factory=dict)
+    sites: list[str] | None = None
     share_runs: bool = False
     fitting: Fitting | None = field(default_factory=Fitting)
     calibration_sequences: int | None = None
@@ -62,8 +64,14 @@ class Rung:
     tune: Mapping[str, list[Any]] = field(default_factory=dict)
 
     def plan(self, sites: PruningPlan) -> PruningPlan:
-        """The plan that removes the same sites with this replacement."""
+        """The plan that removes the same sites with this replacement.
+
+        Raises:
+            ValueError: it is to stand in a site that is not removed.
+        """
         plan = sites.with_replacement(self.replacement, **self.options)
+        if self.sites is not None:
+            plan = plan.only_at(map(Site.parse, self.sites))
         return plan.with_shared_runs() if self.share_runs else plan
 
     def check(self, hidden_size: int) -> None:
@@ -74,6 +82,8 @@ class Rung:
         """
         if self.calibration_sequences is not None and self.calibration_sequences < 1:
             raise ValueError(f"calibration_sequences is {self.calibration_sequences}: set it to 1 or more.")
+        if self.sites is not None and not self.sites:
+            raise ValueError("sites is empty: name where the replacement stands, or leave it out for all sites.")
         if not self.training:
             check_closed_form(PruningPlan.of("block.0", replacement=self.replacement, **self.options))
         with torch.device("meta"):

@@ -21,7 +21,7 @@ from depthprune.replacements.maps import MapReplacement
 from depthprune.sites import PruningPlan, Site
 from depthprune.surgery import site_slots
 
-FIGURES = ("norm", "cosine", "relative_error")
+FIGURES = ("norm", "cosine", "relative_error", "concentration", "concentration_removed", "mean_cosine")
 
 
 class UpdateSums(Metric):
@@ -29,14 +29,18 @@ class UpdateSums(Metric):
 
     Args:
         sites: the removals' first sites.
+        width: of the stream.
     """
 
     full_state_update = False
     sums: Tensor
+    directions: Tensor
 
-    def __init__(self, sites: Sequence[Site], **kwargs: Any) -> None:
+    def __init__(self, sites: Sequence[Site], width: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.row = {site: row for row, site in enumerate(sites)}
+        directions = torch.zeros(len(sites), 2, width, dtype=torch.float64)
+        self.add_state("directions", directions, dist_reduce_fx="sum")
         self.add_state("sums", torch.zeros(len(sites), 5, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, site: Site, added: Tensor, removed: Tensor) -> None:
@@ -51,16 +55,23 @@ class UpdateSums(Metric):
         cosine = torch.nn.functional.cosine_similarity(added, removed, dim=-1)
         columns = torch.ones_like(norm), norm, wanted, cosine, error
         self.sums[self.row[site]] += torch.stack([column.sum(dtype=torch.float64) for column in columns]).to(self.sums)
+        units = [torch.nn.functional.normalize(part, dim=-1).sum(0, dtype=torch.float64) for part in (added, removed)]
+        self.directions[self.row[site]] += torch.stack(units).to(self.directions)
 
-    def compute(self) -> Tensor:
-        """The sums over all batches and processes, ``(sites, 5)``."""
-        return self.sums
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """The sums over all batches and processes: ``(sites, 5)``, and of unit vectors ``(sites, 2, D)``."""
+        return self.sums, self.directions
 
     def figures(self) -> dict[Site, dict[str, float]]:
         """The figures of each site (see :func:`compare_updates`)."""
         found = {}
-        for site, (tokens, norm, wanted, cosine, error) in zip(self.row, self.compute().tolist(), strict=True):
-            found[site] = dict(zip(FIGURES, (norm / wanted, cosine / tokens, error / wanted), strict=True))
+        sums, directions = self.compute()
+        for site, row in self.row.items():
+            tokens, norm, wanted, cosine, error = sums[row].tolist()
+            own, removed = directions[row] / tokens
+            alike = torch.nn.functional.cosine_similarity(own, removed, dim=-1)
+            values = norm / wanted, cosine / tokens, error / wanted, own.norm(), removed.norm(), alike
+            found[site] = dict(zip(FIGURES, map(float, values), strict=True))
         return found
 
 
@@ -96,7 +107,11 @@ def compare_updates(
 
     - ``norm``: the mean of ``|r|`` over the mean of ``|u|``;
     - ``cosine``: the mean of ``<r, u> / (|r| |u|)``;
-    - ``relative_error``: the mean of ``|r - u|`` over the mean of ``|u|``; 1 is what adding nothing gives.
+    - ``relative_error``: the mean of ``|r - u|`` over the mean of ``|u|``; 1 is what adding nothing gives;
+    - ``concentration``: ``|mean of r / |r||``, the mean resultant length of directional statistics: 1 if the direction
+      is the same at all tokens, as a constant's, and near 0 if it has nothing in common;
+    - ``concentration_removed``: the same of ``u``;
+    - ``mean_cosine``: the cosine between the two mean directions.
 
     Args:
         model: the model, its slots installed for ``plan``.
@@ -108,7 +123,7 @@ def compare_updates(
     """
     anatomy = Anatomy.of(model)
     replacements = standing(model, plan)
-    metric = UpdateSums(tuple(replacements)).to(input_device(model))
+    metric = UpdateSums(tuple(replacements), anatomy.hidden_size).to(input_device(model))
     passed = _up_to_last(segments(anatomy, plan), set(replacements))
     with evaluating(model):
         for batch in batches:

@@ -12,6 +12,7 @@ from rich.table import Table
 from depthprune.evaluation.domains import DomainLoss, Interval, is_quick
 from depthprune.plotting import BLUE, GREY, errors, legend, new_figure, plain, tidy
 from depthprune.recovery.ablations import BARE, UNPRUNED, lowest
+from depthprune.recovery.updates import FIGURES
 from depthprune.report.markdown import escaped, starred
 from depthprune.report.markdown import table as markdown_table
 
@@ -126,9 +127,33 @@ def report(content: Mapping[str, Any], figures: Sequence[str]) -> str:
             + ("; a quick run." if is_quick(documents, count) else "."),
             markdown_table(list(columns), body),
         ]
+    parts += _standing(content)
     parts += _tuned(content)
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in figures[1:]]
     return "\n\n".join(parts) + "\n"
+
+
+def _standing(content: Mapping[str, Any]) -> list[str]:
+    """What stands in the removed sites beside what was removed: means over sites and samples."""
+    found: dict[str, list[Mapping[str, float]]] = {}
+    for part in content["losses"].values():
+        for label, about in part.items():
+            found.setdefault(label, []).extend(about.get("updates", {}).values())
+    body = []
+    for label, sites in found.items():
+        if sites:
+            means = {name: sum(site[name] for site in sites) / len(sites) for name in FIGURES}
+            body.append([escaped(label), *(f"{means[name]:.3f}" for name in FIGURES)])
+    if not body:
+        return []
+    text = (
+        "The update of what stands there, in the pruned model's stream, beside the update that was removed, in the "
+        "unpruned model's; in-domain tune text, means over sites and samples. Concentration: how constant the "
+        "direction is over tokens (mean resultant length, 1 for a constant); mean cosine: between the two mean "
+        "directions."
+    )
+    header = ["rung", *(name.replace("_", " ") for name in FIGURES)]
+    return ["## What stands there", text, markdown_table(header, body)]
 
 
 def _tuned(content: Mapping[str, Any]) -> list[str]:
@@ -149,7 +174,7 @@ def _columns(here: Sequence[Row], baseline: str) -> dict[str, Callable[[Row], st
     """The cells of a table by header; columns that no row fills are left out."""
 
     def share(row: Row, of: Interval | None) -> str:
-        return NOTHING if of is None or row.label in (UNPRUNED, BARE) else _share(of)
+        return NOTHING if of is None or row.label in (UNPRUNED, BARE) else share_text(of)
 
     columns: dict[str, Callable[[Row], str]] = {
         "rung": lambda row: escaped(row.label),
@@ -176,7 +201,7 @@ def console_table(content: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="left" if column == "rung" else "right", no_wrap=column == "rung")
     for label in dict.fromkeys(row.label for row in found):
         if label not in (UNPRUNED, BARE):
-            table.add_row(label, *(_share(row.recovered) for row in found if row.label == label))
+            table.add_row(label, *(share_text(row.recovered) for row in found if row.label == label))
     return table
 
 
@@ -213,7 +238,8 @@ def ablation_figure(content: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _share(share: Interval) -> str:
+def share_text(share: Interval) -> str:
+    """A share with its interval, in percent."""
     return f"{100 * share.value:.1f} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
 
 
