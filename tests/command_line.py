@@ -15,7 +15,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from depthprune.cli import main
+from depthprune.devices import half_precision_is_slow
 
+FAST_DTYPE = "float32" if half_precision_is_slow() else "auto"  # for the embedded model, which is saved in bf16
 LENGTH = 32  # tokens of a sequence
 STEPS = 8  # optimizer steps of a fit, 6 in an epoch
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+
+import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import ModelParallelStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -40,6 +43,22 @@ def start_fabric(accelerator: str, devices: int = 1, strategy: str = "auto") -> 
         ) from error
     fabric.launch()
     return fabric
+
+
+def half_precision_is_slow() -> bool:
+    """Whether there is nothing but a CPU without AVX-512, on which PyTorch has fast matrix products for fp32 alone."""
+    return not torch.accelerator.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def warn_of_slow_dtype(model: PreTrainedModel) -> None:
+    """Say so where a model in half precision will be slow."""
+    if model.dtype in (torch.bfloat16, torch.float16) and half_precision_is_slow():
+        warnings.warn(
+            f"The model is in {str(model.dtype).removeprefix('torch.')}, and this CPU has no AVX-512, without which "
+            "PyTorch multiplies such matrices several times more slowly than those of float32: set dtype to float32, "
+            "if there is memory for twice the size.",
+            stacklevel=3,
+        )
 
 
 def shard_blocks(model: PreTrainedModel, mesh: DeviceMesh) -> None:

@@ -23,6 +23,7 @@ from transformers import (
 
 from depthprune import embedded
 from depthprune.anatomy import pruning_record
+from depthprune.devices import warn_of_slow_dtype
 from depthprune.families import check_supported, family_of, refuse_quantised
 from depthprune.files import check_new_folder, whole_folder, write_json
 from depthprune.names import unknown_name
@@ -91,6 +92,7 @@ def load(
             f"With device_map={device_map!r} some weights of {name} stay on disk, where they cannot be pruned: choose "
             "one that keeps them in memory, such as cpu."
         )
+    warn_of_slow_dtype(model)
     return model.eval(), load_tokenizer(name, revision=revision)
 
 

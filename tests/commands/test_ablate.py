@@ -347,7 +347,10 @@ def test_several_plans_beside_each_other(workshop: Workshop, tmp_path: Path, mon
 
 
 def test_a_rung_may_stand_in_some_of_the_sites(workshop: Workshop, tmp_path: Path) -> None:
-    rungs = {"constant": {"replacement": "emulated_update"}, "deep": {"replacement": "linear", "sites": ["block.3"]}}
+    rungs: dict[str, Any] = {
+        "constant": {"replacement": "emulated_update"},
+        "deep": {"replacement": "linear", "sites": ["block.3"]},
+    }
     assert run(*settings(workshop, tmp_path, rungs=rungs, samples=1)) == 0
     found = results(tmp_path)["losses"]["0"]
     assert list(found["deep"]["updates"]) == ["block.3"]

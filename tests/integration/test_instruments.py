@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import run, scalars, write_config
+from tests.command_line import FAST_DTYPE, run, scalars, write_config
 
 
 @pytest.mark.integration
@@ -24,6 +24,7 @@ def test_few_documents_again_and_again(tmp_path: Path, capsys: pytest.CaptureFix
         "seed_everything": 0,
         "model": {
             "base": "smollm2-135m-instruct-q4",
+            "dtype": FAST_DTYPE,
             "plan": tmp_path / "pruned" / "plan.json",
             "replacement": "low_rank_adapter",
             "options": {"rank": 64},

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from depthprune.report.results import StudyResults
-from tests.command_line import run, scalars
+from tests.command_line import FAST_DTYPE, run, scalars
 
 CONFIG = Path(__file__).parents[2] / "configs" / "study" / "quickstart.yaml"
 PLANS = [{"kind": "block", "remove": 10, "train": True}, {"kind": "attention", "remove": 10}]
@@ -24,6 +24,7 @@ def test_the_quickstart_study(tmp_path, capsys):
         "rung.training.steps": 4,
         "rung.training.batch_size": 2,
         "accelerator": "cpu",
+        "dtype": FAST_DTYPE,
     }
     options = [f"--{name}={value}" for name, value in small.items()]
     assert run("study", "--config", CONFIG, "--output", tmp_path / "study", *options) == 0

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from depthprune.influence.table import InfluenceTable
-from tests.command_line import refusal, run
+from tests.command_line import FAST_DTYPE, refusal, run
 
 pytestmark = pytest.mark.integration
-MODEL = ["influence", "--model", "smollm2-135m-instruct-q4", "--kinds", "[block]", "--sequence_length", 192]
+MODEL = ["influence", "--model", "smollm2-135m-instruct-q4", "--dtype", FAST_DTYPE]
+MODEL += ["--kinds", "[block]", "--sequence_length", "192"]
 
 
 def test_questions_are_scored_like_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

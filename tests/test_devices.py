@@ -1,0 +1,37 @@
+"""What is said of a device that will be slow."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from depthprune.loading import load, save
+from tests.tiny_models import tiny_model
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "accelerated", "said"),
+    [
+        ("bfloat16", "AVX2", False, True),
+        ("float16", "AVX2", False, True),
+        ("float32", "AVX2", False, False),
+        ("bfloat16", "AVX512", False, False),
+        ("bfloat16", "AVX2", True, False),
+    ],
+)
+def test_half_precision_on_a_cpu_made_for_float32(
+    tmp_path: Path, tiny_tokenizer, monkeypatch: pytest.MonkeyPatch, dtype, capability, accelerated, said
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerated)
+    save(tiny_model().to(getattr(torch, dtype)), tiny_tokenizer, tmp_path / "model")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load(tmp_path / "model")
+    messages = [str(warning.message) for warning in caught if "AVX-512" in str(warning.message)]
+    assert len(messages) == said
+    assert not said or f"in {dtype}" in messages[0]
+    assert not said or "set dtype to float32" in messages[0]
