@@ -16,6 +16,7 @@ from depthprune.data.text import TextSource
 from depthprune.evaluation.domains import document_loss
 from depthprune.loading import load, save
 from depthprune.pruning import swapped
+from depthprune.recovery import ladder
 from depthprune.recovery.ablations import Ablation
 from depthprune.recovery.closed_form import calibrate_on
 from depthprune.recovery.fitting import Fitting
@@ -296,6 +297,41 @@ def test_a_run_does_not_go_on_with_other_weights_sites_or_texts(
 
 
 SEVERAL = {"deep": ["block.4"], "pair": ["block.1", "block.3"]}
+
+
+def test_what_differs_in_its_training_alone_has_one_closed_form(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[PruningPlan] = []
+
+    def counted(model: Any, plan: PruningPlan, *rest: Any) -> Any:
+        calls.append(plan)
+        return calibrate_on(model, plan, *rest)
+
+    monkeypatch.setattr(ladder, "calibrate_on", counted)
+    refit = {"replacement": "refit", "options": {"after": 1, "heal_rank": 2}}
+    training = {"steps": 2, "batch_size": 2, "validations": 1, "learning_rate": 0.01}
+    trained = {**refit, "training": training}
+    rungs = {
+        "refit": refit,
+        "trained": {**trained, "sweep": {"steps": [2, 4]}},
+        "other text": {**trained, "calibration_sequences": 5},
+        "faster": {**trained, "training": {**training, "learning_rate": 0.02}},
+    }
+    (tmp_path / "alone").mkdir()
+    command = settings(workshop, tmp_path, rungs=rungs, baseline="refit", domains={})
+    assert run(*command) == 0
+    assert len(calls) == 2 * 3  # of each sample: of three rungs, of other text, and the first again
+    found = results(tmp_path)["losses"]
+    alone_in_it = {"trained": rungs["trained"]}
+    assert run(*settings(workshop, tmp_path / "alone", rungs=alone_in_it, baseline="none", domains={})) == 0
+    alone = results(tmp_path / "alone")["losses"]
+    for sample in "01":
+        assert found[sample]["trained steps 2"]["losses"] == alone[sample]["trained steps 2"]["losses"]
+        assert found[sample]["trained steps 2"]["seconds"] > found[sample]["refit"]["seconds"]
+        start = found[sample]["trained steps 4"]["curve"][0]["news"]
+        assert start == found[sample]["trained steps 2"]["curve"][0]["news"]
+        assert start != found[sample]["other text"]["curve"][0]["news"]
 
 
 def test_several_plans_beside_each_other(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

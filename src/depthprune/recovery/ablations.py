@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from depthprune.evaluation.domains import DomainLoss, domain_losses
 from depthprune.files import write_json
 from depthprune.names import slug
 from depthprune.recovery.divergence import Diverged
-from depthprune.recovery.ladder import Rung, climbed
+from depthprune.recovery.ladder import LastClosedForm, Rung, climbed
 from depthprune.recovery.updates import compare_updates, standing
 from depthprune.sites import PruningPlan
 from depthprune.surgery import check_plan, install_slots, remove_slots, switched
@@ -35,6 +35,7 @@ class Ablation:
         chosen: the rungs by label, none of them with a sweep.
         folder: where results, checkpoints and event files go.
         content: the results so far.
+        last: the closed form that was found last.
     """
 
     causal_lm: PreTrainedModel
@@ -42,6 +43,7 @@ class Ablation:
     chosen: dict[str, Rung]
     folder: Path
     content: dict[str, Any]
+    last: LastClosedForm = field(default_factory=LastClosedForm)
 
     def check(self) -> None:
         """Refuse rungs that do not go with the model or the plan.
@@ -115,7 +117,7 @@ class Ablation:
         """Find a rung's replacements and measure them; a training that is finished already is taken as it is."""
         plan, seed = rung.plan(self.sites), self.content["config"]["seed"]
         run = self._run_of(rung, sample) + ("-control" if control else "")
-        with climbed(self.causal_lm, plan, data, rung, self.folder, run, seed, control=control) as about:
+        with climbed(self.causal_lm, plan, data, rung, self.folder, run, seed, None, control, self.last) as about:
             seconds = self.content["seconds"].setdefault(run, round(about["seconds"], 1))
             found = {**about, "seconds": seconds, "losses": self._losses(label, loaders)}
             return found if control else {**found, "updates": self._updates(plan, data)}

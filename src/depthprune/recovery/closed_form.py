@@ -33,6 +33,11 @@ def sites_to_measure(model: PreTrainedModel, plan: PruningPlan, fitting: Fitting
     return tuple(sorted(needed))
 
 
+def has_closed_form(plan: PruningPlan) -> bool:
+    """Whether there is anything to calibrate or fit before training."""
+    return any(removal.replacement not in ("none", "healing") for removal in plan.removals)
+
+
 def check_closed_form(plan: PruningPlan) -> None:
     """Refuse a plan that means nothing without training.
 

@@ -22,15 +22,15 @@ from transformers import PreTrainedModel
 from depthprune.data.module import TextDataModule
 from depthprune.files import make_folder
 from depthprune.names import unknown_name
-from depthprune.recovery.closed_form import calibrate, calibrate_on, check_closed_form
+from depthprune.recovery.closed_form import calibrate, calibrate_on, check_closed_form, has_closed_form
 from depthprune.recovery.fitting import Fitting
 from depthprune.recovery.stages import stage_at, stages_of
-from depthprune.recovery.training import Training, module_of, train
+from depthprune.recovery.training import LAST, Training, module_of, train
 from depthprune.replacements.base import Replacement
 from depthprune.replacements.kept import InKeptLayers
 from depthprune.replacements.registry import REPLACEMENTS, build_replacement, option_names
 from depthprune.sites import PruningPlan, Site
-from depthprune.surgery import install_slots, remove_slots, site_slots
+from depthprune.surgery import install_slots, remove_slots, replacement_state, site_slots
 
 SETTINGS = {"share_runs": bool, "calibration_sequences": int}  # of a rung itself that can be swept
 OF_TRAINING = {name: hint for name, hint in get_type_hints(Training).items() if not is_dataclass(hint)}
@@ -146,6 +146,21 @@ class Rung:
         return dataclasses.replace(self, options=options, training=changed, **settings)
 
 
+@dataclass
+class LastClosedForm:
+    """The closed form that was found last: rungs that differ in their training alone have it in common.
+
+    Attributes:
+        key: what it depends on.
+        seconds: it took.
+        state: all parameters and buffers of the replacements, in memory of the CPU.
+    """
+
+    key: str = ""
+    seconds: float = 0.0
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+
 def _combined(name: str, values: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
     """Each combination of a rung's listed values."""
     for setting, listed in values.items():
@@ -185,6 +200,7 @@ def climbed(
     seed: int = 0,
     means: Mapping[Site, Tensor] | None = None,
     control: bool = False,
+    last: LastClosedForm | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A model with a rung's replacements in place, for the length of a block; afterwards it is unpruned again.
 
@@ -200,10 +216,12 @@ def climbed(
         seed: of first weights and dropout.
         means: the mean updates of the plan's sites, if they are known already: without fitting they are the start.
         control: train the same parameters on the unpruned model, as long.
+        last: the closed form of the rung before, which is taken where it is the same; this one's comes in its place.
 
     Yields:
-        ``seconds`` it took, ``parameters`` that stand in the removed sites (those of kept layers are the model's own),
-        and, of a training, what :func:`~depthprune.recovery.training.train` says.
+        ``seconds`` it took, with those of a closed form that was there already, ``parameters`` that stand in the
+        removed sites (those of kept layers are the model's own), and, of a training, what
+        :func:`~depthprune.recovery.training.train` says.
     """
     start = time.monotonic()
     if rung.calibration_sequences is not None:
@@ -214,19 +232,45 @@ def climbed(
         about: dict[str, Any] = {}
         if rung.training is None:
             install_slots(model, plan)
-            calibrate_on(model, plan, data.calibration_dataloader(), data.tune_dataloader(), rung.fitting)
+            start -= _find_closed_form(model, plan, data, rung, last)
         else:
-            plan_path = make_folder(folder / "training" / name) / "plan.json"
+            runs = make_folder(folder / "training" / name)
+            plan_path = runs / "plan.json"
             plan.save(plan_path)
             module = module_of(model, str(plan_path), rung.training, {"fitting": rung.fitting}, control)
             if means is not None and rung.fitting is None:
                 module.configure_model()
                 calibrate(model, plan, means)
                 module.is_calibrated = True
+            elif has_closed_form(plan) and not control and not (runs / LAST).exists():
+                module.configure_model()
+                start -= _find_closed_form(model, plan, data, rung, last)
+                module.is_calibrated = True
             logger = TensorBoardLogger(folder, name="tensorboard", version=name, default_hp_metric=False)
-            about = train(module, data, rung.training, folder / "training" / name, logger)
+            about = train(module, data, rung.training, runs, logger)
         standing = (slot.replacement for slot in site_slots(model, plan).values() if slot.replacement is not None)
         parameters = sum(parameter.numel() for replacement in standing for parameter in replacement.parameters())
         yield {**about, "parameters": parameters, "seconds": time.monotonic() - start}
     finally:
         remove_slots(model)
+
+
+def _find_closed_form(
+    model: PreTrainedModel, plan: PruningPlan, data: TextDataModule, rung: Rung, last: LastClosedForm | None
+) -> float:
+    """Give the replacements of a model with slots their closed form.
+
+    Returns:
+        The seconds that were saved, because the last closed form is the same.
+    """
+    depends_on = plan.removals, rung.fitting, data.calibration_sequences, data.text
+    key = "; ".join(map(repr, depends_on))
+    if last is not None and last.key == key:
+        model.load_state_dict(last.state, strict=False)
+        return last.seconds
+    start = time.monotonic()
+    calibrate_on(model, plan, data.calibration_dataloader(), data.tune_dataloader(), rung.fitting)
+    if last is not None:
+        last.key, last.seconds = key, time.monotonic() - start
+        last.state = {name: value.detach().to("cpu", copy=True) for name, value in replacement_state(model).items()}
+    return 0.0

@@ -19,7 +19,7 @@ from depthprune.devices import shard_blocks
 from depthprune.head import Batch
 from depthprune.loading import load
 from depthprune.recovery.checkpoint_io import WholeCheckpointIO
-from depthprune.recovery.closed_form import calibrate_on
+from depthprune.recovery.closed_form import calibrate_on, has_closed_form
 from depthprune.recovery.divergence import divergence, document_numbers, gradients_are_finite
 from depthprune.recovery.fitting import Fitting
 from depthprune.recovery.objectives import Distillation, Matching, Objective
@@ -187,7 +187,7 @@ class RecoveryModule(ReplacementCheckpoints):
         if self.is_calibrated:
             return
         datamodule = self.text_data()
-        if all(removal.replacement in ("none", "healing") for removal in self.plan.removals):
+        if not has_closed_form(self.plan):
             self.is_calibrated = True
             return
         self.print(f"Calibrating the replacements of {len(self.plan.sites)} sites.")

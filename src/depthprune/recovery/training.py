@@ -29,6 +29,8 @@ from depthprune.recovery.start_weights import check_decay, distance, pull
 from depthprune.surgery import replacement_parameters
 
 SCHEDULES = ("constant", "cosine")
+LAST = "last.ckpt"
+"""The checkpoint from which a killed training goes on."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def train(
     text.sequences = training.steps * training.batch_size
     text.documents = training.documents
     module.configure_model()
-    recorder, last = LossRecorder(), folder / "last.ckpt"
+    recorder, last = LossRecorder(), folder / LAST
     trainer = Trainer(
         accelerator=module.causal_lm.device.type if module.causal_lm.device.type == "cpu" else "auto",
         devices=1,
