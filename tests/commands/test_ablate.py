@@ -299,6 +299,36 @@ def test_a_run_does_not_go_on_with_other_weights_sites_or_texts(
 SEVERAL = {"deep": ["block.4"], "pair": ["block.1", "block.3"]}
 
 
+@pytest.mark.filterwarnings("ignore:.*has only")
+def test_the_text_of_a_rungs_own_is_the_same_when_a_run_goes_on(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "news.jsonl"
+    shutil.copy(workshop.text, text)
+
+    measure, done = Ablation.measure, list[str]()
+
+    def dies(run: Ablation, label: str, *rest: Any) -> Any:
+        if label in done:
+            raise KeyboardInterrupt
+        done.append(label)
+        return measure(run, label, *rest)
+
+    commands = {}
+    for name, more in (("few", {}), ("many", {"calibration_sequences": 10_000})):
+        (tmp_path / name).mkdir()
+        rungs = {"map": {"replacement": "linear", **more}}
+        small = {"rungs": rungs, "baseline": "none", "samples": 1, "text": {"path": text}, "domains": {}}
+        commands[name] = settings(workshop, tmp_path / name, **small)
+        done[:] = ["none"]
+        with monkeypatch.context() as patched:
+            patched.setattr(Ablation, "measure", dies)
+            assert run(*commands[name]) == 130
+    text.write_text(text.read_text() + documents(seed=8, count=20))
+    assert run(*commands["few"]) == 0  # what was added lies behind all that it reads
+    assert "The text of sample 0 of the ablation" in refusal(*commands["many"])
+
+
 def test_what_differs_in_its_training_alone_has_one_closed_form(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

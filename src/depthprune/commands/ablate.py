@@ -23,7 +23,7 @@ from depthprune.loading import load
 from depthprune.names import slug, unknown_name
 from depthprune.progress import tracked
 from depthprune.recovery.ablations import BARE, RESULTS, UNPRUNED, Ablation, run_name
-from depthprune.recovery.ladder import Rung
+from depthprune.recovery.ladder import Rung, with_calibration
 from depthprune.report.ablation import ablation_figure, console_table, report
 from depthprune.report.plans import plans_figure, plans_report
 from depthprune.report.sweeps import forgetting_figure, sweep_figures
@@ -133,7 +133,7 @@ def _measure(run: Ablation, text: TextSource, domains: dict[str, TextSource], wh
     for sample, label in tracked(todo, "Rungs"):
         if sample not in data:
             data = {sample: _sample(config, text, domains, sample)}
-            _check_same(run.content, run.folder, f"text of sample {sample}", _fingerprints(data[sample]))
+            _check_same(run.content, run.folder, f"text of sample {sample}", _fingerprints(data[sample], run.chosen))
         measured = run.measure(label, sample, data[sample])
         run.content["losses"].setdefault(str(sample), {})[label] = measured
         run.save()
@@ -254,9 +254,11 @@ def _check_same(content: dict[str, Any], folder: Path, part: str, now: Any) -> N
         )
 
 
-def _fingerprints(data: TextDataModule) -> dict[str, str]:
-    """Hashes of what is fitted to and measured on."""
+def _fingerprints(data: TextDataModule, chosen: Mapping[str, Rung]) -> dict[str, str]:
+    """Hashes of what is fitted to, also by rungs with a number of sequences of their own, and measured on."""
     sets = {"calibration": data.calibration_dataloader(), **data.test_dataloader()}
+    for number in sorted({rung.calibration_sequences for rung in chosen.values() if rung.calibration_sequences}):
+        sets[f"calibration to {number}"] = with_calibration(data, number).calibration_dataloader()
     return {name: batches.fingerprint for name, batches in sets.items()}
 
 

@@ -189,6 +189,13 @@ def _in_words(pairs: Mapping[str, Any]) -> list[str]:
     return [f"{setting} {value}" for setting, value in pairs.items()]
 
 
+def with_calibration(data: TextDataModule, sequences: int) -> TextDataModule:
+    """The same data with another number of calibration sequences; what is packed so far is shared."""
+    other = copy.copy(data)
+    other.calibration_sequences = sequences
+    return other
+
+
 @contextmanager
 def climbed(
     model: PreTrainedModel,
@@ -225,8 +232,7 @@ def climbed(
     """
     start = time.monotonic()
     if rung.calibration_sequences is not None:
-        data = copy.copy(data)  # with what it has packed so far
-        data.calibration_sequences = rung.calibration_sequences
+        data = with_calibration(data, rung.calibration_sequences)
     seed_everything(seed, verbose=False)
     try:
         about: dict[str, Any] = {}
