@@ -139,6 +139,45 @@ def test_a_run_of_blocks_has_one_map() -> None:
     assert found.strength == STRENGTH
 
 
+def features_by_hand(features: str, read: Tensor) -> Tensor:
+    normed = read / read.square().mean(-1, keepdim=True).sqrt()
+    return {"read": read, "normed": normed, "both": torch.cat([read, normed], -1)}[features]
+
+
+@pytest.mark.parametrize("features", ["normed", "both"])
+@pytest.mark.parametrize("replacement", ["linear", "refit"])
+def test_maps_of_the_normed_read(features: str, replacement: str) -> None:
+    model = tiny_model()
+    if replacement == "linear":
+        options: dict[str, Any] = {"features": features}
+    else:  # behind the cut, so that what the map reads is the unpruned model's
+        options = {"features": features, "before": 0, "after": 1, "map": "linear"}
+    plan = PruningPlan((Removal((Site(1, "block"), Site(2, "block")), replacement, options),))
+    before, after = stream(model, "block.1", 0, text()), stream(model, "block.2", 1, text())
+    install_slots(model, plan)
+    calibrate_on(model, plan, text(), HELD_OUT, KEEP)
+    found = site_slots(model, plan)[Site(1, "block")].replacement
+    assert isinstance(found, Linear)
+    x, y, weight = ridge(features_by_hand(features, before), after - before)
+    read = torch.randn(3, 4, WIDTH, generator=torch.Generator().manual_seed(1))
+    wanted = y + (features_by_hand(features, read).double() - x) @ weight.T
+    torch.testing.assert_close(found(read), wanted.float(), rtol=2e-3, atol=2e-4)
+    assert found.map.weight.shape == (WIDTH, WIDTH * (2 if features == "both" else 1))
+
+
+def test_adapters_of_both_features_at_full_rank_are_the_map() -> None:
+    found = []
+    for replacement, options in (("linear", {}), ("low_rank_adapter", {"rank": WIDTH})):
+        model = tiny_model()
+        plan = PruningPlan.of("block.1", replacement=replacement, features="both", **options)
+        install_slots(model, plan)
+        calibrate_on(model, plan, text(), HELD_OUT, KEEP)
+        standing = site_slots(model, plan)[Site(1, "block")].replacement
+        assert standing is not None
+        found.append(standing(torch.randn(3, 4, WIDTH, generator=torch.Generator().manual_seed(1))))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("layout", ["run", "apart"])
 def test_plain_least_squares_on_the_stream(layout: str) -> None:
     """Ghosted Layers (arXiv 2605.15491): the stream after the cut by a linear map of the stream before it."""

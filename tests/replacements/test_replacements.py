@@ -82,6 +82,8 @@ def test_parameters_stay_fp32_and_the_update_has_the_dtype_of_the_read(name: str
         ("low_rank_adapter", {"rank": 0}, "rank is 0: choose one from 1 to the model's width 8"),
         ("low_rank_adapter", {"rank": 9}, "rank is 9"),
         ("low_rank_adapter", {"rank": 2, "dropout": 1.0}, "dropout is 1.0"),
+        ("linear", {"features": "norm"}, "features of a map 'norm'. Did you mean 'normed'"),
+        ("refit", {"features": "reed"}, "features of a map 'reed'. Did you mean 'read'"),
         ("low_rank_adapter", {"rank": 2, "dropout": -0.1}, "dropout is -0.1"),
     ],
 )

@@ -111,7 +111,7 @@ def fit_maps(
                     continue
                 replacement = slots[_site(item)].replacement
                 assert isinstance(replacement, Replacement)
-                fit, tune = (_moments(anatomy, segment, item, part, fitting) for part in parts)
+                fit, tune = (_moments(anatomy, segment, item, replacement, part, fitting) for part in parts)
                 if not fitting.intercept and replacement.solved_rank != 0:  # one of rank 0 is a constant alone
                     fit, tune = fit.about_zero(), tune.about_zero()
                 solved = best_map(fit, tune, replacement.solved_rank, fitting.strengths)
@@ -214,14 +214,15 @@ def _moments(
     anatomy: Anatomy,
     segment: Segment,
     removal: Removal,
+    replacement: Replacement,
     text: Iterable[tuple[CarriedBatch, Streams]],
     fitting: Fitting,
 ) -> Covariances:
-    moments = PairedMoments(anatomy.hidden_size, anatomy.hidden_size)
+    moments = PairedMoments(replacement.width, anatomy.hidden_size)
     for batch, streams in text:
         read, target = _read_and_target(anatomy, segment, removal, batch, streams, fitting.order == "sequential")
         counts = _counted(removal.sites[0], batch, streams, fitting).to(read.device)
-        moments.to(read.device).update(read[counts].float(), target[counts])
+        moments.to(read.device).update(replacement.features_of(read[counts]), target[counts])
     return moments.covariances()
 
 

@@ -19,6 +19,7 @@ class Replacement(nn.Module):
     Attributes:
         mean: the mean update, shape ``(D,)``, fp32.
         source: whose mean update it is (see :class:`EmulatedUpdate`).
+        width: how many features of the read a map has, F.
         solved_rank: the rank of the map that it can start from; None for any.
     """
 
@@ -28,6 +29,7 @@ class Replacement(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
+        self.width = hidden_size
         self.register_buffer("mean", torch.zeros(hidden_size, dtype=torch.float32))
 
     def emulated(self, read: Tensor) -> Tensor:
@@ -42,12 +44,16 @@ class Replacement(nn.Module):
         """Start from the map ``constant + up down (read - read_mean)``; a replacement without a map from the constant.
 
         Args:
-            read_mean: ``(D,)``.
+            read_mean: of the features of the read, ``(F,)``.
             constant: ``(D,)``; of a map not always the mean update, which :attr:`mean` goes on holding.
             up: ``(D, r)``.
-            down: ``(r, D)``.
+            down: ``(r, F)``.
         """
         self.calibrate(constant)
+
+    def features_of(self, read: Tensor) -> Tensor:
+        """What a map is fitted to: of the read ``(..., D)``, ``(..., F)`` fp32."""
+        return read.float()
 
     def silence(self) -> None:
         """Start from adding nothing, as beside a site that is still there; :attr:`mean` stays."""

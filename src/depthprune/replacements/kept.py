@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from depthprune.names import unknown_name
 from depthprune.replacements.base import Replacement
-from depthprune.replacements.maps import Linear, check_adapter
+from depthprune.replacements.maps import Linear, check_adapter, check_features
 
 DISTANCES = ("squared", "cosine")
 MAPS = ("none", "linear")
@@ -32,6 +32,7 @@ class Refit(InKeptLayers):
             ``"cosine"``, their mean cosine distance (see :mod:`depthprune.recovery.cosine`).
         map: ``"linear"`` puts an affine map into the cut, too: it is fitted to what the layers before it leave lacking,
             and the model is no plain one any more. ``"none"`` puts nothing.
+        features: what the map maps (see :class:`~depthprune.replacements.maps.MapReplacement`).
         heal_rank: the other linear layers of the last kept block before the cut and of all behind it get LoRA adapters
             of this rank, which start from nothing and learn in training (see :class:`Healing`); none if 0.
     """
@@ -44,6 +45,7 @@ class Refit(InKeptLayers):
         through: str = "inputs",
         distance: str = "squared",
         map: str = "none",
+        features: str = "read",
         heal_rank: int = 0,
     ) -> None:
         super().__init__(hidden_size)
@@ -51,6 +53,7 @@ class Refit(InKeptLayers):
             check_adapter(heal_rank, None, 0.0, hidden_size)
         if map not in MAPS:
             raise unknown_name("map beside a refit", map, MAPS)
+        check_features(features)
         if distance not in DISTANCES:
             raise unknown_name("distance of a refit", distance, DISTANCES)
         if through not in ("inputs", "outputs"):
@@ -62,11 +65,12 @@ class Refit(InKeptLayers):
         self.through = through
         self.distance = distance
         self.map = map
+        self.features = features
         self.heal_rank = heal_rank
 
     def standing(self) -> Replacement | None:
         """The affine map, if there is one."""
-        return Linear(len(self.mean)) if self.map == "linear" else None
+        return Linear(len(self.mean), self.features) if self.map == "linear" else None
 
 
 class Healing(InKeptLayers):

@@ -7,23 +7,40 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from depthprune.names import unknown_name
 from depthprune.replacements.base import Replacement
 from depthprune.shards import assign, whole
 
+FEATURES = ("read", "normed", "both")
+
 
 class MapReplacement(Replacement, ABC):
-    """Base of replacements that map the read, centred on its mean.
+    """Base of replacements that map features of the read, centred on their mean.
 
     Attributes:
-        read_mean: the mean read, shape ``(D,)``, fp32; zero until a map is solved.
+        features: which: ``"read"``, the read as it is; ``"normed"``, over its root mean square, as the norms before
+            attentions and MLPs have it, but without their weights; or ``"both"``, one behind the other.
+        width: how many features there are, F: D, or 2 D for both.
+        read_mean: their mean, shape ``(F,)``, fp32; zero until a map is solved.
     """
 
     read_mean: Tensor
     solved_rank: int | None = None
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, features: str = "read") -> None:
         super().__init__(hidden_size)
-        self.register_buffer("read_mean", torch.zeros(hidden_size, dtype=torch.float32))
+        check_features(features)
+        self.features = features
+        self.width = hidden_size * (2 if features == "both" else 1)
+        self.register_buffer("read_mean", torch.zeros(self.width, dtype=torch.float32))
+
+    def features_of(self, read: Tensor) -> Tensor:
+        """What is mapped: of the read ``(..., D)``, ``(..., F)`` fp32."""
+        read = read.float()
+        if self.features == "read":
+            return read
+        normed = nn.functional.rms_norm(read, read.shape[-1:])
+        return normed if self.features == "normed" else torch.cat([read, normed], -1)
 
     @abstractmethod
     def singular_values(self) -> Tensor:
@@ -35,11 +52,12 @@ class Linear(MapReplacement):
 
     Args:
         hidden_size: width of the stream, D.
+        features: what of the read is mapped (see :class:`MapReplacement`).
     """
 
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__(hidden_size)
-        self.map = nn.Linear(hidden_size, hidden_size, dtype=torch.float32)
+    def __init__(self, hidden_size: int, features: str = "read") -> None:
+        super().__init__(hidden_size, features)
+        self.map = nn.Linear(self.width, hidden_size, dtype=torch.float32)
         nn.init.zeros_(self.map.weight)
         nn.init.zeros_(self.map.bias)
 
@@ -64,7 +82,7 @@ class Linear(MapReplacement):
 
     def forward(self, read: Tensor) -> Tensor:
         """Map read ``(B, T, D)`` to update ``(B, T, D)``."""
-        return self.map(read.float() - self.read_mean).to(read.dtype)
+        return self.map(self.features_of(read) - self.read_mean).to(read.dtype)
 
 
 class LowRankAdapter(MapReplacement):
@@ -78,17 +96,25 @@ class LowRankAdapter(MapReplacement):
         rank: rank of the map, 1 to D.
         alpha: scale of the map; ``rank`` if not given.
         dropout: probability of dropping an entry of the read while training.
+        features: what of the read is mapped (see :class:`MapReplacement`).
     """
 
     constant: Tensor
 
-    def __init__(self, hidden_size: int, rank: int = 16, alpha: float | None = None, dropout: float = 0.0) -> None:
-        super().__init__(hidden_size)
+    def __init__(
+        self,
+        hidden_size: int,
+        rank: int = 16,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        features: str = "read",
+    ) -> None:
+        super().__init__(hidden_size, features)
         check_adapter(rank, alpha, dropout, hidden_size)
         self.solved_rank = rank
         self.scaling = (rank if alpha is None else alpha) / rank
         self.dropout = nn.Dropout(dropout)
-        self.down = nn.Linear(hidden_size, rank, bias=False, dtype=torch.float32)
+        self.down = nn.Linear(self.width, rank, bias=False, dtype=torch.float32)
         self.up = nn.Linear(rank, hidden_size, bias=False, dtype=torch.float32)
         nn.init.zeros_(self.up.weight)
         self.register_buffer("constant", torch.zeros(hidden_size, dtype=torch.float32))
@@ -124,9 +150,19 @@ class LowRankAdapter(MapReplacement):
 
     def forward(self, read: Tensor) -> Tensor:
         """Map read ``(B, T, D)`` to update ``(B, T, D)``."""
-        centred = read.to(self.down.weight.dtype) - self.read_mean
+        centred = self.features_of(read).to(self.down.weight.dtype) - self.read_mean
         low_rank = self.up(self.down(self.dropout(centred)))
         return (self.constant + self.scaling * low_rank).to(read.dtype)
+
+
+def check_features(features: str) -> None:
+    """Refuse features that there are not.
+
+    Raises:
+        ValueError: there are none of that name.
+    """
+    if features not in FEATURES:
+        raise unknown_name("features of a map", features, FEATURES)
 
 
 def check_adapter(rank: int, alpha: float | None, dropout: float, hidden_size: int) -> None:

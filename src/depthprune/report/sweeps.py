@@ -31,6 +31,7 @@ AXES = {
     "before": "layers refit before the cut",
     "after": "layers refit behind the cut",
     "steps": "optimizer steps",
+    "calibration_sequences": "sequences of the closed form's text",
     "documents": "documents trained on",
     "learning_rate": "learning rate",
     "interpolation": "from the closed form (0) to the trained weights (1)",
