@@ -63,13 +63,15 @@ def refit_by_hand(pruned: PreTrainedModel, model: PreTrainedModel, name: str, ta
         handle.remove()
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten().bool()
         inputs.append(seen[0].reshape(-1, seen[0].shape[-1])[mask])
-    x = torch.cat(inputs).double()
-    y = (stream(model, target, 1, text()) - stream(pruned, target, 1, text())).double()
-    means = (x.mean(0), y.mean(0)) if layer.bias is not None else (torch.zeros(x.shape[1]), torch.zeros(y.shape[1]))
+    x, aimed = torch.cat(inputs).double(), stream(model, target, 1, text()).double()
+    y = aimed - stream(pruned, target, 1, text())
+    counts = 1 / aimed.norm(dim=1, keepdim=True)
+    counts = counts / counts.mean()
+    means = [(counts * part).mean(0) if layer.bias is not None else torch.zeros(part.shape[1]) for part in (x, y)]
     x, y = x - means[0], y - means[1]
-    unit = (x - x.mean(0)).square().mean() if layer.bias is not None else x.square().mean()
-    rows = torch.cat([x, torch.eye(x.shape[1]).double() * (len(x) * STRENGTH * unit).sqrt()])
-    change = torch.linalg.lstsq(rows, torch.cat([y, torch.zeros(x.shape[1], y.shape[1])])).solution.T
+    unit = (counts * x.square()).mean()
+    rows = torch.cat([counts.sqrt() * x, torch.eye(x.shape[1]).double() * (len(x) * STRENGTH * unit).sqrt()])
+    change = torch.linalg.lstsq(rows, torch.cat([counts.sqrt() * y, torch.zeros(x.shape[1], y.shape[1])])).solution.T
     weight_of(layer).add_(change)
     if layer.bias is not None:
         layer.bias.data += means[1] - change @ means[0]
@@ -145,7 +147,7 @@ def test_a_map_in_the_cut_takes_over_what_the_layers_before_it_leave(family: str
     bare = brute_force.without(model, {"block.2": NOTHING, "block.3": NOTHING})
     refit_by_hand(bare, model, "mlp.1", "block.3")
     at_cut, wanted = stream(bare, "block.1", 1, text()), stream(model, "block.3", 1, text())
-    found = ridge(at_cut, wanted - at_cut)
+    found = ridge(at_cut, wanted - at_cut, wanted)
     refitted = copy.deepcopy(model)
     weight_of(layer_of(refitted, "mlp.1")).copy_(weight_of(layer_of(bare, "mlp.1")))
     if layer_of(bare, "mlp.1").bias is not None:

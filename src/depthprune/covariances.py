@@ -13,7 +13,7 @@ NO_TOKEN = "There is no token to score or calibrate on: the batches are empty, a
 
 @dataclass(frozen=True)
 class Covariances:
-    """Means and covariances of inputs ``x (P,)`` and targets ``y (Q,)`` over some tokens, fp64.
+    """Means and covariances of inputs ``x (P,)`` and targets ``y (Q,)`` over some tokens, weighted or not, fp64.
 
     Attributes:
         tokens: how many.
@@ -57,6 +57,7 @@ class PairedMoments(Metric):
 
     full_state_update = False
     tokens: Tensor
+    weight: Tensor
     x: Tensor
     y: Tensor
     xx: Tensor
@@ -65,25 +66,31 @@ class PairedMoments(Metric):
 
     def __init__(self, inputs: int, targets: int, **kwargs: object) -> None:
         super().__init__(**kwargs)
-        shapes: dict[str, tuple[int, ...]] = {"tokens": (), "x": (inputs,), "y": (targets,)}
+        shapes: dict[str, tuple[int, ...]] = {"tokens": (), "weight": (), "x": (inputs,), "y": (targets,)}
         shapes |= {"xx": (inputs, inputs), "xy": (inputs, targets), "yy": (targets, targets)}
         for name, shape in shapes.items():
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, inputs: Tensor, targets: Tensor) -> None:
+    def update(self, inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
         """Add tokens.
 
         Args:
             inputs: ``(N, P)``.
             targets: ``(N, Q)``.
+            weights: how much each token counts, ``(N,)``, above 0; as much as any other if not given.
         """
         inputs, targets = inputs.to(self.x), targets.to(self.y)
+        counted, aimed = inputs, targets
+        if weights is not None:
+            weights = weights.to(self.x)
+            counted, aimed = inputs * weights[:, None], targets * weights[:, None]
         self.tokens += len(inputs)
-        self.x += inputs.sum(0)
-        self.y += targets.sum(0)
-        self.xx.addmm_(inputs.T, inputs)
-        self.xy.addmm_(inputs.T, targets)
-        self.yy.addmm_(targets.T, targets)
+        self.weight += len(inputs) if weights is None else weights.sum()
+        self.x += counted.sum(0)
+        self.y += aimed.sum(0)
+        self.xx.addmm_(counted.T, inputs)
+        self.xy.addmm_(counted.T, targets)
+        self.yy.addmm_(aimed.T, targets)
 
     def compute(self) -> dict[str, Tensor]:
         """The sums over all tokens and processes, by name."""
@@ -96,10 +103,10 @@ class PairedMoments(Metric):
             ValueError: there were no tokens, or a sum is not finite.
         """
         sums = {name: value.view(getattr(self, name).shape) for name, value in self.compute().items()}
-        count = int(sums.pop("tokens"))
+        count, weight = int(sums.pop("tokens")), sums.pop("weight")
         if not count:
             raise ValueError(NO_TOKEN)
         if not all(value.isfinite().all() for value in sums.values()):
             raise ValueError("The stream is not finite: check the model's weights and the text.")
-        x, y, xx, xy, yy = (sums[name] / count for name in ("x", "y", "xx", "xy", "yy"))
+        x, y, xx, xy, yy = (sums[name] / weight for name in ("x", "y", "xx", "xy", "yy"))
         return Covariances(count, x, y, xx - torch.outer(x, x), xy - torch.outer(x, y), yy - torch.outer(y, y))

@@ -64,16 +64,19 @@ def stream(model: PreTrainedModel, name: str, end: int, batches: Text) -> Tensor
     return torch.cat([brute_force.streams(model, batch)[name][end] for batch in batches])
 
 
-def ridge(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean input, mean target and map by least squares on rows that stand for the ridge, in float64."""
+def ridge(inputs: Tensor, targets: Tensor, aimed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean input, mean target and map by least squares on rows that stand for the ridge, in float64.
+
+    A token counts by one over the norm of the stream that is aimed at.
+    """
     inputs, targets = inputs.double(), targets.double()
-    x, y = inputs.mean(0), targets.mean(0)
-    unit = (inputs - x).square().mean()
-    rows = torch.cat([inputs - x, torch.eye(inputs.shape[1]).double() * (len(inputs) * STRENGTH * unit).sqrt()])
-    solution = torch.linalg.lstsq(
-        rows, torch.cat([targets - y, torch.zeros(inputs.shape[1], targets.shape[1])])
-    ).solution
-    return x, y, solution.T
+    counts = 1 / aimed.double().norm(dim=1, keepdim=True)
+    counts = counts / counts.mean()
+    x, y = (counts * inputs).mean(0), (counts * targets).mean(0)
+    unit = (counts * (inputs - x).square()).mean()
+    rows = [counts.sqrt() * (inputs - x), torch.eye(inputs.shape[1]).double() * (len(inputs) * STRENGTH * unit).sqrt()]
+    wanted = [counts.sqrt() * (targets - y), torch.zeros(inputs.shape[1], targets.shape[1])]
+    return x, y, torch.linalg.lstsq(torch.cat(rows), torch.cat(wanted)).solution.T
 
 
 def affine(x: Tensor, y: Tensor, weight: Tensor) -> Update:
@@ -98,8 +101,8 @@ def test_sequential_maps_of_every_family(family: str) -> None:
         # a parallel block's MLP adds to the stream after its attention, whatever the attention's update is
         inside = brute_force.without(model, done) if name == "mlp.4" else pruned
         before = stream(inside, "attention.4", 1, text()) if name == "mlp.4" else stream(pruned, name, 0, text())
-        target = stream(model, "block.4" if name == "mlp.4" else name, 1, text()) - before
-        solved[name] = ridge(reads(pruned, name, text()), target)
+        aimed = stream(model, "block.4" if name == "mlp.4" else name, 1, text())
+        solved[name] = ridge(reads(pruned, name, text()), aimed - before, aimed)
         done[name] = affine(*solved[name])
     install_slots(model, plan)
     calibrate_on(model, plan, text(), HELD_OUT, KEEP)
@@ -114,10 +117,11 @@ def test_independent_maps(family: str) -> None:
     model = tiny_model(family)
     names = ("block.1", "attention.3", "mlp.3", "block.4")
     plan = PruningPlan.of(*names, replacement="linear")
-    wanted = {
-        name: ridge(reads(model, name, text()), stream(model, name, 1, text()) - stream(model, name, 0, text()))
-        for name in names
-    }
+    wanted = {}
+    for name in names:
+        before, after = (stream(model, name, end, text()) for end in (0, 1))
+        aimed = stream(model, "block.3", 1, text()) if name == "mlp.3" else after  # also where blocks are parallel
+        wanted[name] = ridge(reads(model, name, text()), after - before, aimed)
     install_slots(model, plan)
     calibrate_on(model, plan, text(), HELD_OUT, Fitting("independent"))
     for site, slot in site_slots(model, plan).items():
@@ -133,7 +137,7 @@ def test_a_run_of_blocks_has_one_map() -> None:
     assert str(site) == "block.1"
     assert not others
     replacement = site_slots(model, plan)[site].replacement
-    check(replacement, ridge(before, after - before), "run")
+    check(replacement, ridge(before, after - before, after), "run")
     assert isinstance(replacement, Replacement)
     torch.testing.assert_close(replacement.mean, (after - before).mean(0), rtol=1e-4, atol=1e-5)
     assert found.strength == STRENGTH
@@ -158,7 +162,7 @@ def test_maps_of_the_normed_read(features: str, replacement: str) -> None:
     calibrate_on(model, plan, text(), HELD_OUT, KEEP)
     found = site_slots(model, plan)[Site(1, "block")].replacement
     assert isinstance(found, Linear)
-    x, y, weight = ridge(features_by_hand(features, before), after - before)
+    x, y, weight = ridge(features_by_hand(features, before), after - before, after)
     read = torch.randn(3, 4, WIDTH, generator=torch.Generator().manual_seed(1))
     wanted = y + (features_by_hand(features, read).double() - x) @ weight.T
     torch.testing.assert_close(found(read), wanted.float(), rtol=2e-3, atol=2e-4)
@@ -191,7 +195,9 @@ def test_plain_least_squares_on_the_stream(layout: str) -> None:
             {"block.1": "block.1", "block.3": "block.3"},
         )
     install_slots(model, plan)
-    calibrate_on(model, plan, text(), HELD_OUT, Fitting("independent", ridge="none", intercept=False))
+    calibrate_on(
+        model, plan, text(), HELD_OUT, Fitting("independent", weights="uniform", ridge="none", intercept=False)
+    )
     unpruned = tiny_model()
     for first, last in ends.items():
         before, after = stream(unpruned, first, 0, text()), stream(unpruned, last, 1, text())
@@ -204,6 +210,41 @@ def test_plain_least_squares_on_the_stream(layout: str) -> None:
         )
         assert not replacement(torch.zeros(1, 1, WIDTH)).any()
         torch.testing.assert_close(replacement.mean, (after - before).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_uniform_weights() -> None:
+    model, plan = tiny_model(), PruningPlan.of("block.1", replacement="linear")
+    before, after = (stream(model, "block.1", end, text()) for end in (0, 1))
+    install_slots(model, plan)
+    calibrate_on(model, plan, text(), HELD_OUT, Fitting(weights="uniform"))
+    alike = torch.ones_like(after)  # the same norm everywhere
+    check(site_slots(model, plan)[Site(1, "block")].replacement, ridge(before, after - before, alike), "uniform")
+
+
+@pytest.mark.parametrize("weights", ["uniform", "inverse_norm"])
+def test_massive_activations_that_a_block_makes(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They outweigh all other tokens in plain least squares, and no affine map of the read can tell them apart."""
+    monkeypatch.setattr("depthprune.recovery.fitting.STRENGTHS", (1e-6,))
+    model = tiny_model()
+    batches = [{"input_ids": batch["input_ids"]} for batch in calibration()]
+    massive = torch.zeros(WIDTH)
+    massive[3] = 3000.0
+    first: Any = brute_force.blocks_of(model)[2]
+
+    def spike(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return torch.cat([output[:, :1] + massive, output[:, 1:]], 1)
+
+    first.mlp.register_forward_hook(spike)
+    before, after = (stream(model, "block.2", end, batches) for end in (0, 1))
+    others = after.norm(dim=1) < 1000
+    assert 0 < (~others).sum() < 0.2 * len(others)
+    install_slots(model, PruningPlan.of("block.2", replacement="linear"))
+    calibrate_on(model, PruningPlan.of("block.2", replacement="linear"), batches, batches, Fitting(weights=weights))
+    replacement = site_slots(model, PruningPlan.of("block.2", replacement="linear"))[Site(2, "block")].replacement
+    assert replacement is not None
+    errors = (before + replacement(before) - after).norm(dim=1) / after.norm(dim=1)
+    assert (errors[others].median() < 0.5) == (weights == "inverse_norm")
+    assert weights == "inverse_norm" or errors[others].median() > 10
 
 
 def test_a_constant_is_not_taken_for_an_intercept() -> None:
@@ -226,8 +267,9 @@ def test_adapters_start_at_their_rank(rank: int, alpha: float | None) -> None:
     plan = PruningPlan.of("mlp.2", replacement="low_rank_adapter", rank=rank, alpha=alpha)
     before, after = (stream(model, "mlp.2", end, text()) for end in (0, 1))
     read = reads(model, "mlp.2", text())
-    x, y, weight = ridge(read, after - before)
-    values, vectors = torch.linalg.eigh(weight @ (read.double() - x).T @ (after - before - y).double())
+    x, y, weight = ridge(read, after - before, after)
+    counts = 1 / after.double().norm(dim=1, keepdim=True)
+    values, vectors = torch.linalg.eigh(weight @ (counts * (read - x)).T @ (after - before - y).double())
     top = vectors[:, values.argsort(descending=True)[:rank]]
     install_slots(model, plan)
     calibrate_on(model, plan, text(), HELD_OUT, KEEP)
@@ -270,7 +312,7 @@ def test_massive_tokens_are_left_out() -> None:
     for leave_out, chosen in ((True, kept), (False, torch.ones_like(kept))):
         calibrate_on(model, plan, batches, HELD_OUT, Fitting(leave_out_massive=leave_out))
         replacement = site_slots(model, plan)[Site(2, "block")].replacement
-        check(replacement, ridge(before[chosen], (after - before)[chosen]), f"leave out {leave_out}")
+        check(replacement, ridge(before[chosen], (after - before)[chosen], after[chosen]), f"leave out {leave_out}")
         assert isinstance(replacement, Replacement)
         torch.testing.assert_close(replacement.mean, (after - before).mean(0), rtol=1e-3, atol=1e-3)
 
@@ -295,5 +337,7 @@ def test_text_that_cannot_be_split() -> None:
         pass
     with pytest.raises(ValueError, match="order of fitting 'backwards'"):
         Fitting("backwards")
+    with pytest.raises(ValueError, match="weights of fitting 'inverse'"):
+        Fitting(weights="inverse")
     with pytest.raises(ValueError, match="ridge of fitting 'little'"):
         Fitting(ridge="little")

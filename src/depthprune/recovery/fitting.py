@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -37,6 +38,7 @@ from depthprune.surgery import Slot, site_slots
 
 ORDERS = ("sequential", "independent")
 RIDGES = ("held_out", "none")
+WEIGHTS = ("inverse_norm", "uniform")
 
 
 @dataclass(frozen=True)
@@ -48,23 +50,35 @@ class Fitting:
             stream at that depth) or independent (each towards its own site's update in the unpruned stream).
         leave_out_massive: leave out tokens whose stream norm, before or after the site, is over 10 times the median of
             the batch. A map that never saw them ruins them, and with them the attention of all others.
+        weights: inverse_norm (a token counts by one over the norm of the unpruned stream that is aimed at: those with
+            massive activations neither outweigh all others nor are left out) or uniform (all tokens count alike).
         ridge: held_out (the one with the lowest error on held-out text) or none (of the maps that fit best, the one
             with the smallest norm).
         intercept: whether maps have a constant beside the linear part. Ghosted Layers (arXiv 2605.15491) are linear
-            maps of the stream before a run of blocks to what the run adds to it, without ridge (but for 1e-6 on the
-            sums over tokens, against rounding) and without intercept.
+            maps of the stream before a run of blocks to what the run adds to it, with uniform weights, without ridge
+            (but for 1e-6 on the sums over tokens, against rounding) and without intercept.
     """
 
     order: str = "sequential"
     leave_out_massive: bool = False
+    weights: str = "inverse_norm"
     ridge: str = "held_out"
     intercept: bool = True
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
             raise unknown_name("order of fitting", self.order, ORDERS)
+        if self.weights not in WEIGHTS:
+            raise unknown_name("weights of fitting", self.weights, WEIGHTS)
         if self.ridge not in RIDGES:
             raise unknown_name("ridge of fitting", self.ridge, RIDGES)
+
+    def weights_of(self, wanted: Tensor) -> Tensor | None:
+        """How much tokens count, ``(N,)``, by the stream ``(N, D)`` that is aimed at; None if all count alike."""
+        if self.weights == "uniform":
+            return None
+        norm = wanted.double().norm(dim=-1)
+        return 1 / norm.clamp(min=torch.finfo(torch.float32).tiny)
 
     @property
     def strengths(self) -> tuple[float, ...]:
@@ -162,7 +176,8 @@ def _refit(
             tokens = _tokens(anatomy, segment, writer, batch, streams, fitting)
             if outputs:
                 tokens = replace(tokens, inputs=tokens.inputs @ old.T)
-            summed.to(old.device).update(tokens.inputs, tokens.wanted - tokens.stream)
+            counts = fitting.weights_of(tokens.wanted)
+            summed.to(old.device).update(tokens.inputs, tokens.wanted - tokens.stream, counts)
             if writer.distance == "cosine":
                 held[-1].append(tokens)
         moments.append(summed.covariances() if has_constant else summed.covariances().about_zero())
@@ -220,9 +235,13 @@ def _moments(
 ) -> Covariances:
     moments = PairedMoments(replacement.width, anatomy.hidden_size)
     for batch, streams in text:
+        site = removal.sites[0]
         read, target = _read_and_target(anatomy, segment, removal, batch, streams, fitting.order == "sequential")
-        counts = _counted(removal.sites[0], batch, streams, fitting).to(read.device)
-        moments.to(read.device).update(replacement.features_of(read[counts]), target[counts])
+        counts = _counted(site, batch, streams, fitting).to(read.device)
+        weights = None  # a constant is a plain mean
+        if replacement.solved_rank != 0:
+            weights = fitting.weights_of(streams.ends(site.kind)[1].to(read.device)[counts])
+        moments.to(read.device).update(replacement.features_of(read[counts]), target[counts], weights)
     return moments.covariances()
 
 
