@@ -12,6 +12,13 @@ from torch import nn
 from depthprune.anatomy import Anatomy
 from depthprune.kept_layers import SolvedLayer
 from depthprune.recovery.closed_form import calibrate_on
+from depthprune.recovery.objectives import (
+    Distillation,
+    Objective,
+    hidden_matching,
+    language_modelling,
+    logit_distillation,
+)
 from depthprune.replacements.base import Replacement
 from depthprune.sites import PruningPlan, Site
 from depthprune.surgery import Slot, install_slots, replacement_parameters, site_slots, slots, switch
@@ -70,6 +77,47 @@ def test_the_control_is_the_unpruned_model_and_what_a_replacement_adds(family: s
         torch.testing.assert_close(model(**batch).logits, changed, rtol=1e-5, atol=1e-5)
         switch(model, "original")
         assert not torch.allclose(model(**batch).logits, changed, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"logit_distillation": 1.0},
+        {"hidden_matching": 1.0},
+        {"logit_distillation": 1.0, "hidden_matching": 0.5},
+        {"language_modelling": 1.0},
+        {"logit_distillation": 1.0, "language_modelling": 0.3},
+    ],
+    ids=lambda weights: " and ".join(weights),
+)
+def test_nothing_moves_the_control_of_an_objective_that_imitates(weights: dict[str, float]) -> None:
+    model, batch = tiny_model().double(), tiny_batch("right", 2, 9)
+    objective = Objective.of(weights)
+    plan = PruningPlan.of(*SITES, replacement="low_rank_adapter", rank=2)
+    install_slots(model, plan)
+    calibrate_on(model, plan, [batch], fitting=None)
+    for slot in site_slots(model, plan).values():
+        assert isinstance(slot.replacement, Replacement)
+        slot.replacement.silence()
+    found = {}
+    for state in ("control", "original"):
+        switch(model, state)
+        found[state] = model(**batch, output_hidden_states=True)
+    places = batch["attention_mask"].bool()[:, 1:]
+    logits, unpruned = (found[state].logits[:, :-1][places] for state in ("control", "original"))
+    terms = {
+        "language_modelling": language_modelling(logits, batch["input_ids"][:, 1:][places]),
+        "logit_distillation": logit_distillation(logits, unpruned.detach(), Distillation()),
+        "hidden_matching": hidden_matching(
+            found["control"].hidden_states[-1][batch["attention_mask"].bool()],
+            found["original"].hidden_states[-1][batch["attention_mask"].bool()].detach(),
+        ),
+    }
+    loss = torch.stack([weight * terms[name].mean() for name, weight in weights.items()]).sum()
+    gradients = torch.autograd.grad(loss, replacement_parameters(model))
+    largest = max(float(gradient.abs().max()) for gradient in gradients)
+    assert (largest < 1e-8) == objective.imitates
+    assert objective.imitates == ("language_modelling" not in weights)
 
 
 def test_frozen_replacements_add_nothing_to_the_control() -> None:

@@ -143,8 +143,7 @@ def test_the_tune_text_chooses_and_controls_start_from_the_unpruned_model(ablate
         }
         assert nats["control"].sum() < nats["unpruned"].sum()  # it is trained on language modelling
         assert not np.allclose(nats["trained"], nats["adapter rank 8"])
-        control = found["distilled"]["control"]["news"]["nats"]  # it has nothing to learn from itself
-        np.testing.assert_allclose(control, nats["unpruned"], rtol=1e-3)  # Adam makes steps of rounding too
+        assert found["distilled"]["control"] == found["unpruned"]["losses"]  # it has nothing to learn from itself
         assert not np.allclose(nats["distilled"], nats["refit"])
     assert not (ablated / "out/training").exists()
 
@@ -373,7 +372,7 @@ def test_several_plans_beside_each_other(workshop: Workshop, tmp_path: Path, mon
     measure, done = Ablation.measure, list[tuple[str, str]]()
 
     def counted(run: Ablation, label: str, *rest: Any) -> Any:
-        if len(done) == 6:
+        if len(done) == 5:
             raise KeyboardInterrupt
         done.append((run.folder.name, label))
         return measure(run, label, *rest)
@@ -383,7 +382,7 @@ def test_several_plans_beside_each_other(workshop: Workshop, tmp_path: Path, mon
     monkeypatch.undo()
     assert run(*command) == 0
     labels = ["unpruned", "none", "constant", "map"]
-    assert done == [("deep", label) for label in labels] + [("pair", label) for label in labels[:2]]
+    assert done == [*(("deep", label) for label in labels), ("pair", "none")]  # one unpruned model for both
 
     alone = settings(workshop, tmp_path / "alone", rungs=rungs, samples=1)
     PruningPlan.of("block.1", "block.3").save(tmp_path / "alone/cut.json")

@@ -70,7 +70,8 @@ def ablate(
         output: folder for the results.
         baseline: the rung that the others are compared with.
         samples: disjoint samples of the texts.
-        controls: train every trained rung on the unpruned model too; only what goes beyond that is recovery.
+        controls: train every trained rung on the unpruned model too; only what goes beyond that is recovery. An
+            objective without language modelling leaves the unpruned model as it is: its losses are the control's.
         calibration_sequences: sequences of a sample to fit to.
         tune_sequences: sequences of a sample of each domain to score on the way of a training.
         test_sequences: sequences of a sample of each domain to measure on.
@@ -109,14 +110,17 @@ def ablate(
             run.content["starts"] = {label: start for label in chosen if (start := _start(label, chosen))}
             run.content["settings"] = {name: rung.settings(name) for name, rung in rungs.items()}
         for name, run in runs.items():
-            _measure(run, text, domains, f"plan {name}: " if name else "")
+            others = [content for other, content in opened.items() if other != name]
+            _measure(run, text, domains, f"plan {name}: " if name else "", others)
             _write(run)
         if "" not in runs:
             _write_plans(folder, {name: run.content for name, run in runs.items()})
 
 
-def _measure(run: Ablation, text: TextSource, domains: dict[str, TextSource], what: str) -> None:
-    """Find and measure all that is not measured yet."""
+def _measure(
+    run: Ablation, text: TextSource, domains: dict[str, TextSource], what: str, others: list[dict[str, Any]]
+) -> None:
+    """Find and measure all that is not measured yet; the unpruned model once for all plans."""
     config, labels = run.content["config"], (UNPRUNED, BARE, *run.chosen)
     todo = [
         (sample, label)
@@ -134,10 +138,24 @@ def _measure(run: Ablation, text: TextSource, domains: dict[str, TextSource], wh
         if sample not in data:
             data = {sample: _sample(config, text, domains, sample)}
             _check_same(run.content, run.folder, f"text of sample {sample}", _fingerprints(data[sample], run.chosen))
-        measured = run.measure(label, sample, data[sample])
+        known = _unpruned(run.content, others, sample) if label == UNPRUNED else None
+        measured = known or run.measure(label, sample, data[sample])
         run.content["losses"].setdefault(str(sample), {})[label] = measured
         run.save()
     shutil.rmtree(run.folder / "training", ignore_errors=True)  # everything is measured
+
+
+def _unpruned(content: dict[str, Any], others: list[dict[str, Any]], sample: int) -> dict[str, Any] | None:
+    """What was put down about the unpruned model on the same sample of the same text, under another plan."""
+    key = f"text of sample {sample}"
+    return next(
+        (
+            found
+            for other in others
+            if other.get(key) == content[key] and (found := other["losses"].get(str(sample), {}).get(UNPRUNED))
+        ),
+        None,
+    )
 
 
 def _write(run: Ablation) -> None:

@@ -17,6 +17,7 @@ from depthprune.files import write_json
 from depthprune.names import slug
 from depthprune.recovery.divergence import Diverged
 from depthprune.recovery.ladder import LastClosedForm, Rung, climbed
+from depthprune.recovery.training import Training
 from depthprune.recovery.updates import compare_updates, standing
 from depthprune.sites import PruningPlan
 from depthprune.surgery import check_plan, install_slots, remove_slots, switched
@@ -76,8 +77,22 @@ class Ablation:
         rung = candidates[name]
         about = self._climb(label, rung, sample, data, loaders)
         if self.content["config"]["controls"] and rung.training:
-            about["control"] = self._climb(label, rung, sample, data, loaders, control=True)["losses"]
+            about["control"] = self._control(label, rung, rung.training, sample, data, loaders)
         return {"settings": name, **about}
+
+    def _control(
+        self,
+        label: str,
+        rung: Rung,
+        training: Training,
+        sample: int,
+        data: TextDataModule,
+        loaders: Mapping[str, Batches],
+    ) -> dict[str, Any]:
+        """The losses of the unpruned model after the same training; one that only imitates it leaves it as it is."""
+        if training.imitates:
+            return self.content["losses"][str(sample)][UNPRUNED]["losses"]
+        return self._climb(label, rung, sample, data, loaders, control=True)["losses"]
 
     def _tuned(self, label: str, candidates: Mapping[str, Rung], sample: int, data: TextDataModule) -> str:
         """The candidate with the lowest in-domain loss on the tune text, on the first sample.

@@ -156,6 +156,11 @@ class Objective:
         return "logit_distillation" in self.weights
 
     @property
+    def imitates(self) -> bool:
+        """Whether it only imitates the unpruned model, its lowest point: nothing moves a control from there."""
+        return "language_modelling" not in self.weights
+
+    @property
     def needs_unpruned(self) -> bool:
         """Whether the unpruned model is run, too."""
         return set(self.weights) != {"language_modelling"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,7 +84,15 @@ class Training:
             raise ValueError(f"training.documents is {self.documents}: set it to 1 or more, or leave it out for all.")
         if self.schedule not in SCHEDULES:
             raise unknown_name("schedule of the learning rate", self.schedule, SCHEDULES)
-        Objective.of(self.objective, distillation=self.distillation, matching=self.matching)
+        self._objective()
+
+    def _objective(self) -> Objective:
+        return Objective.of(self.objective, distillation=self.distillation, matching=self.matching)
+
+    @property
+    def imitates(self) -> bool:
+        """Whether the objective only imitates the unpruned model, which is then its own control."""
+        return self._objective().imitates
 
     def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
         """AdamW over some parameters."""
@@ -149,7 +158,9 @@ def train(
         logger=logger,
         callbacks=[recorder, OverfittingMonitor(), ForgettingMonitor(), RunCard(), LastCheckpoint(folder), StepsBar()],
     )
-    trainer.fit(module, datamodule=text, ckpt_path=str(last) if last.exists() else None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")  # it is gone on from
+        trainer.fit(module, datamodule=text, ckpt_path=str(last) if last.exists() else None)
     about = _describe(module, recorder, training, data)
     if training.interpolation != 1:
         pull(module.causal_lm, module.start_weights, 1 - training.interpolation)
