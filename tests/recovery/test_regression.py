@@ -99,7 +99,8 @@ def test_errors_on_held_out_tokens_are_those_of_the_tokens() -> None:
         low = directions[:, :rank] @ directions[:, :rank].T @ weight
         wanted = mean_error(inputs + 0.3, targets - 0.2, fit.x, fit.y, low)
         assert float(errors[rank]) == pytest.approx(wanted, rel=1e-9)
-    assert float(path.error(weight, held_out)) == pytest.approx(float(errors[-1]), rel=1e-9)
+    (error,) = path.errors([STRENGTH], held_out)
+    assert float(error) == pytest.approx(float(errors[-1]), rel=1e-9)
 
 
 def test_the_ridge_is_the_best_on_held_out_tokens() -> None:

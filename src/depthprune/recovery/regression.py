@@ -44,11 +44,15 @@ class RidgePath:
 
     def weight(self, strength: float) -> Tensor:
         """The map of one strength, ``(Q, P)``; of none, the smallest of those that fit best."""
+        return (self._vectors @ (self._rotated / self._sizes(strength)[:, None])).T
+
+    def _sizes(self, strength: float) -> Tensor:
+        """What the rows of a map are divided by in the basis of the eigenvectors, ``(P,)``."""
         sizes = self._values + strength * self.unit
         if not strength:  # what rounding leaves of a direction in which the inputs do not vary is infinitely large
             rounding = len(sizes) * torch.finfo(sizes.dtype).eps * sizes.max()
             sizes = sizes.where(sizes > rounding, torch.inf)
-        return (self._vectors @ (self._rotated / sizes[:, None])).T
+        return sizes
 
     def directions(self, weight: Tensor) -> Tensor:
         """The output directions of one strength's map by what they explain, ``(Q, Q)``, the most first, in columns."""
@@ -64,10 +68,17 @@ class RidgePath:
         gains = torch.cat([explained.new_zeros(1), (2 * explained - size).cumsum(0)])
         return held_out.variance - gains
 
-    def error(self, weight: Tensor, held_out: Covariances) -> Tensor:
-        """Mean squared error on held-out tokens of the whole map, a scalar."""
+    def errors(self, strengths: Sequence[float], held_out: Covariances) -> list[Tensor]:
+        """Mean squared error on held-out tokens of the whole map of each strength, scalars.
+
+        In the basis of the eigenvectors a strength divides rows, so that all strengths have the products of matrices
+        in common.
+        """
         held_out = held_out.about(self.fit.x, self.fit.y)
-        return held_out.variance - 2 * (weight.T * held_out.xy).sum() + ((weight @ held_out.xx) * weight).sum()
+        explained = (self._rotated * (self._vectors.T @ held_out.xy)).sum(1)  # (P,)
+        size = (self._vectors.T @ held_out.xx @ self._vectors) * (self._rotated @ self._rotated.T)  # (P, P)
+        shares = [1 / self._sizes(strength) for strength in strengths]
+        return [held_out.variance - 2 * share @ explained + share @ size @ share for share in shares]
 
 
 @dataclass(frozen=True)
@@ -109,18 +120,18 @@ def best_map(
     """
     path = RidgePath(fit)
     constant = tune.about(fit.x, fit.y).variance
+    if rank is None:
+        errors = path.errors(strengths, tune)
+        place = min(range(len(strengths)), key=errors.__getitem__)
+        factors = path.weight(strengths[place]), torch.eye(len(fit.x)).to(fit.x)
+        return AffineMap(fit.x, fit.y, *factors, strengths[place], float(errors[place] / constant))
     best: AffineMap | None = None
     for strength in strengths:
         weight = path.weight(strength)
-        if rank is None:
-            error = path.error(weight, tune)
-            factors = weight, torch.eye(len(fit.x)).to(weight)
-        else:
-            directions = path.directions(weight)
-            error = path.errors_by_rank(weight, directions, tune)[rank]
-            factors = directions[:, :rank], directions[:, :rank].T @ weight
-        share = float(error / constant)
+        directions = path.directions(weight)
+        share = float(path.errors_by_rank(weight, directions, tune)[rank] / constant)
         if best is None or share < best.error:
+            factors = directions[:, :rank], directions[:, :rank].T @ weight
             best = AffineMap(fit.x, fit.y, *factors, strength, share)
     assert best is not None, "strengths is not empty"
     return best
