@@ -192,6 +192,17 @@ def test_the_report_says_which_rungs_are_fitted_to_other_text(ablated: Path) -> 
     assert " each (adapter rank 2 to 9; map to 12). Recovered is" in report(content, ["ablation.png"])
 
 
+def test_the_report_says_how_many_samples_are_measured(ablated: Path) -> None:
+    content = results(ablated)
+    assert "\n2 disjoint samples of the texts" in report(content, ["ablation.png"])
+    whole = {(row.label, row.domain): row.by_sample for row in rows(content)}
+    del content["losses"]["1"]["distilled"]
+    assert "\n1 of 2 disjoint samples so far of the texts" in report(content, ["ablation.png"])
+    assert {(row.label, row.domain): row.by_sample for row in rows(content)} == {
+        key: samples[:1] for key, samples in whole.items()
+    }
+
+
 def test_a_killed_run_goes_on(
     ablated: Path, workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,7 +62,7 @@ def ablate(
     Args:
         model: an embedded model's name, a hub name or a folder.
         plan: plan.json of `depthprune prune`: which sites go; or, by a name, lists of sites: the ablation is done for
-            each in a folder of that name, and plans.md has them beside each other.
+            each in a folder of that name, and plans.md has several of them beside each other.
         text: the text to fit to; its held-out part is the first domain.
         domains: other texts, never fitted to, by name.
         rungs: the rungs by name. Settings under `sweep` have a rung for each value; of those under `tune` the one with
@@ -113,7 +113,7 @@ def ablate(
             others = [content for other, content in opened.items() if other != name]
             _measure(run, text, domains, f"plan {name}: " if name else "", others)
             _write(run)
-        if "" not in runs:
+        if len(runs) > 1:
             _write_plans(folder, {name: run.content for name, run in runs.items()})
 
 

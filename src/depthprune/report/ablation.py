@@ -98,6 +98,13 @@ def _own_text(content: Mapping[str, Any]) -> str:
     return f" ({own})" if own else ""
 
 
+def _samples(measured: int, wanted: int) -> str:
+    """How many samples the figures are of."""
+    if wanted == 1:
+        return "One sample"
+    return f"{wanted} disjoint samples" if measured == wanted else f"{measured} of {wanted} disjoint samples so far"
+
+
 def report(content: Mapping[str, Any], figures: Sequence[str]) -> str:
     """The results as Markdown, a table for each domain.
 
@@ -110,8 +117,9 @@ def report(content: Mapping[str, Any], figures: Sequence[str]) -> str:
     tokens = {domain: _size(content, domain) for domain in dict.fromkeys(row.domain for row in found)}
     parts = [
         f"# Ways to recover: {escaped(config['model'])}",
-        f"{config['samples']} disjoint samples of the texts; fitted to {config['calibration_sequences']} sequences of "
-        f"{config['sequence_length']} tokens of {first} each{_own_text(content)}. Recovered is the share of the loss "
+        f"{_samples(len(found[0].by_sample), config['samples'])} of the texts; fitted to "
+        f"{config['calibration_sequences']} sequences of {config['sequence_length']} tokens of {first} "
+        f"each{_own_text(content)}. Recovered is the share of the loss "
         "that came back, (none - rung) / (none - unpruned), pooled over samples, with a 95% interval by bootstrap over "
         "documents, paired; behind it the share on each sample. * where the interval of the difference to "
         f"{escaped(config['baseline'])} excludes 0.",
