@@ -488,6 +488,10 @@ def test_refusals(ablated: Path, workshop: Workshop, tmp_path: Path) -> None:
         ({"..": {}}, "cannot be named '..'"),
         ({"a": adapter, "a rank 4": {}}, "Two rungs are named 'a rank 4'"),
         ({"a b": {"replacement": "linear"}, "a-b": {"replacement": "refit"}}, "'a b' and 'a-b' would have the same"),
+        (
+            {"a": {"replacement": "emulated_update", "options": {"source": "sequential"}, "fitting": None}},
+            "source='sequential' is the mean in the stream of the pruned model itself",
+        ),
         ({"a": {**adapter, "training": {"strategy": "sequential", "steps": 1, "validations": 1}}}, "fewer than the"),
     ):
         assert message in refusal(*settings(workshop, tmp_path, rungs=rungs, baseline="none"))

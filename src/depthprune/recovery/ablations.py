@@ -15,6 +15,7 @@ from depthprune.data.module import TextDataModule
 from depthprune.evaluation.domains import DomainLoss, domain_losses
 from depthprune.files import write_json
 from depthprune.names import slug
+from depthprune.recovery.closed_form import sites_to_measure
 from depthprune.recovery.divergence import Diverged
 from depthprune.recovery.ladder import LastClosedForm, Rung, climbed
 from depthprune.recovery.training import Training
@@ -50,13 +51,15 @@ class Ablation:
         """Refuse rungs that do not go with the model or the plan.
 
         Raises:
-            ValueError: there is no such site, replacement or option, or nothing to train.
+            ValueError: there is no such site, replacement or option, or nothing to train or to start from.
         """
         for label, rung in self.chosen.items():
             for candidate in rung.candidates(label).values():
                 candidate.check(self.causal_lm.config.hidden_size)
-                check_plan(self.causal_lm, candidate.plan(self.sites))
-                candidate.check_stages(candidate.plan(self.sites))
+                plan = candidate.plan(self.sites)
+                check_plan(self.causal_lm, plan)
+                candidate.check_stages(plan)
+                sites_to_measure(self.causal_lm, plan, candidate.fitting)
 
     def save(self) -> None:
         """Write down the results so far."""
