@@ -22,6 +22,7 @@ from depthprune.recovery.closed_form import calibrate_on
 from depthprune.recovery.fitting import Fitting
 from depthprune.recovery.module import RecoveryModule
 from depthprune.report.ablation import report, rows
+from depthprune.report.plans import plans_report
 from depthprune.sites import PruningPlan
 from depthprune.surgery import install_slots
 from tests.command_line import Workshop, documents, refusal, run, write_config
@@ -197,7 +198,11 @@ def test_the_report_says_how_many_samples_are_measured(ablated: Path) -> None:
     assert "\n2 disjoint samples of the texts" in report(content, ["ablation.png"])
     whole = {(row.label, row.domain): row.by_sample for row in rows(content)}
     del content["losses"]["1"]["distilled"]
-    assert "\n1 of 2 disjoint samples so far of the texts" in report(content, ["ablation.png"])
+    text = report(content, ["ablation.png"])
+    assert "\n1 of 2 disjoint samples so far of the texts" in text
+    tokens = int(np.sum(content["losses"]["0"]["none"]["losses"]["news"]["tokens"]))
+    assert f"\n{tokens} predicted tokens" in text
+    assert "[out](out/ablation.md)" in plans_report({"out": content})
     assert {(row.label, row.domain): row.by_sample for row in rows(content)} == {
         key: samples[:1] for key, samples in whole.items()
     }

@@ -50,11 +50,16 @@ class Row:
     seconds: float
 
 
-def rows(content: Mapping[str, Any]) -> list[Row]:
-    """All rungs on all domains, in the order of the configuration; samples that lack a rung are left out."""
+def whole_samples(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What is put down about each sample, by rung; samples that lack a rung are left out."""
     samples = [part for _, part in sorted(content["losses"].items(), key=lambda item: int(item[0]))]
+    return [part for part in samples if set(samples[0]) <= set(part)]
+
+
+def rows(content: Mapping[str, Any]) -> list[Row]:
+    """All rungs on all domains, in the order of the configuration."""
+    samples = whole_samples(content)
     labels = list(samples[0])
-    samples = [part for part in samples if set(labels) <= set(part)]
     baseline, starts = content["config"]["baseline"], content["starts"]
     found = []
     for domain in samples[0][UNPRUNED]["losses"]:
@@ -144,7 +149,7 @@ def report(content: Mapping[str, Any], figures: Sequence[str]) -> str:
 def _standing(content: Mapping[str, Any]) -> list[str]:
     """What stands in the removed sites beside what was removed: means over sites and samples."""
     found: dict[str, list[Mapping[str, float]]] = {}
-    for part in content["losses"].values():
+    for part in whole_samples(content):
         for label, about in part.items():
             found.setdefault(label, []).extend(about.get("updates", {}).values())
     body = []
@@ -253,6 +258,6 @@ def share_text(share: Interval) -> str:
 
 def _size(content: Mapping[str, Any], domain: str) -> tuple[int, int]:
     """Predicted tokens and documents of a domain in all samples."""
-    parts = [DomainLoss.from_dict(part[UNPRUNED]["losses"][domain]) for part in content["losses"].values()]
+    parts = [DomainLoss.from_dict(part[UNPRUNED]["losses"][domain]) for part in whole_samples(content)]
     whole = DomainLoss.pooled(parts)
     return int(whole.tokens.sum()), whole.documents

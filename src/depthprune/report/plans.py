@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from depthprune.evaluation.domains import Interval
 from depthprune.plotting import errors, legend, new_figure, plain, tidy
 from depthprune.recovery.ablations import BARE, UNPRUNED
-from depthprune.report.ablation import LOWEST, NOTHING, Row, rows, share_text
+from depthprune.report.ablation import LOWEST, NOTHING, Row, rows, share_text, whole_samples
 from depthprune.report.markdown import escaped
 from depthprune.report.markdown import table as markdown_table
 from depthprune.report.sweeps import STYLES
@@ -102,12 +102,9 @@ def _damage(here: Mapping[str, Row]) -> float:
 
 def _concentration(content: Mapping[str, Any]) -> float | None:
     """How constant the removed updates are: the mean over sites and samples, of the first rung that says so."""
-    for label in next(iter(content["losses"].values())):
-        found = [
-            site["concentration_removed"]
-            for part in content["losses"].values()
-            for site in part[label].get("updates", {}).values()
-        ]
+    samples = whole_samples(content)
+    for label in samples[0]:
+        found = [site["concentration_removed"] for part in samples for site in part[label].get("updates", {}).values()]
         if found:
             return sum(found) / len(found)
     return None

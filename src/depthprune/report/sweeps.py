@@ -21,7 +21,7 @@ from depthprune.plotting import (
     new_figure,
     tidy,
 )
-from depthprune.report.ablation import Row, rows
+from depthprune.report.ablation import Row, rows, whole_samples
 
 LOG_SPREAD = 8.0  # a log axis where the largest value is at least so many times the smallest
 STYLES = ((BLUE, "o"), (ORANGE, "^"), (GREEN, "s"), (RED, "D"), (PURPLE, "v"), (GREY, "P"))
@@ -110,7 +110,7 @@ def _lines(content: Mapping[str, Any]) -> dict[str, dict[str, dict[float, str]]]
 
 def trainings(content: Mapping[str, Any]) -> Iterator[Run]:
     """Every training of an ablation."""
-    for _, found in sorted(content["losses"].items()):
+    for found in whole_samples(content):
         for label, about in found.items():
             if len(about.get("curve", ())) > 1:
                 yield _run(label, about)
