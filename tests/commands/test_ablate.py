@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from depthprune.data.module import TextDataModule
+from depthprune.data.roles import RoleShares, role_of
 from depthprune.data.text import TextSource
 from depthprune.evaluation.domains import document_loss
 from depthprune.loading import load, save
@@ -344,6 +346,85 @@ def test_the_text_of_a_rungs_own_is_the_same_when_a_run_goes_on(
     assert "The text of sample 0 of the ablation" in refusal(*commands["many"])
 
 
+@pytest.mark.parametrize("role", ["tune", "fit"])
+def test_a_run_does_not_go_on_with_other_texts_to_choose_by_or_train_on(
+    role: str, workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [json.loads(line) for line in documents(seed=4, count=60).splitlines()]
+    text = tmp_path / "grouped.jsonl"  # a document's role depends on its group alone
+
+    def write() -> None:
+        text.write_text("".join(json.dumps({**row, "group": str(place)}) + "\n" for place, row in enumerate(rows)))
+
+    write()
+    training = {"replacement": "low_rank_adapter", "training": {"steps": 200, "validations": 1}}
+    rungs = {"map": {"replacement": "linear"}, **({"trained": training} if role == "fit" else {})}
+    command = settings(
+        workshop,
+        tmp_path,
+        rungs=rungs,
+        baseline="none",
+        samples=1,
+        controls=False,
+        domains={},
+        text={"path": text, "group_column": "group"},
+        calibration_sequences=4,
+        test_sequences=2,
+        tune_sequences=1,
+    )
+    measure = Ablation.measure
+
+    def dies(run: Ablation, label: str, *rest: Any) -> Any:
+        if label == "map":
+            raise KeyboardInterrupt
+        return measure(run, label, *rest)
+
+    monkeypatch.setattr(Ablation, "measure", dies)
+    assert run(*command) == 130
+    places = [place for place in range(len(rows)) if role_of(str(place), RoleShares()) == role]
+    changed = places[0 if role == "tune" else -1]  # of the fit role: behind all that is calibrated on
+    rows[changed]["text"] = rows[changed]["text"][::-1]
+    write()
+    assert "The text of sample 0 of the ablation" in refusal(*command)
+
+
+def test_sites_that_add_nothing(workshop: Workshop, tmp_path: Path) -> None:
+    model, tokenizer = load(workshop.model)
+    with torch.no_grad():
+        for layer in (model.model.layers[2].self_attn.o_proj, model.model.layers[2].mlp.down_proj):
+            for parameter in layer.parameters():
+                parameter.zero_()
+    save(model, tokenizer, tmp_path / "idle")
+    rungs = {"map": {"replacement": "linear"}}
+    more = {"model": tmp_path / "idle", "rungs": rungs, "baseline": "none", "samples": 1}
+    assert "Without block.2 no loss changes" in refusal(
+        *settings(workshop, tmp_path, plan={"idle": ["block.2"]}, **more)
+    )
+    assert run(*settings(workshop, tmp_path, **more)) == 0  # block.3 does something
+    assert list(results(tmp_path)["losses"]["0"]["map"]["updates"]) == ["block.3"]
+
+
+@pytest.mark.parametrize("lost", ["config", "tuned", "seconds", "losses"])
+def test_a_damaged_file_is_refused(lost: str, ablated: Path, workshop: Workshop, tmp_path: Path) -> None:
+    shutil.copytree(ablated / "out", tmp_path / "out")
+    content = results(tmp_path)
+    (tmp_path / "out/ablation.json").write_text(json.dumps({**content, lost: None}))
+    assert "is no ablation of this version" in refusal(*settings(workshop, tmp_path))
+
+
+def test_the_closed_form_of_a_rung_whose_options_are_chosen(workshop: Workshop, tmp_path: Path) -> None:
+    adapter = {"replacement": "low_rank_adapter", "options": {"rank": 8}}
+    training = {"training": {"steps": 2, "validations": 1}}
+    rungs = {
+        "closed": adapter,
+        "rates": {**adapter, **training, "tune": {"learning_rate": [1e-4, 1e-3]}},
+        "ranks": {**adapter, **training, "tune": {"rank": [1, 2]}},
+        "one": {**adapter, **training, "tune": {"rank": [8]}},
+    }
+    assert run(*settings(workshop, tmp_path, rungs=rungs, baseline="none", samples=1, controls=False)) == 0
+    assert results(tmp_path)["starts"] == {"rates": "closed", "one": "closed"}
+
+
 def test_what_differs_in_its_training_alone_has_one_closed_form(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -452,6 +533,7 @@ def test_refused_plans(workshop: Workshop, tmp_path: Path) -> None:
         ({}, "There is no plan"),
         ({"../up": ["block.2"]}, "A plan cannot be named '../up'"),
         ({"..": ["block.2"]}, "A plan cannot be named '..'"),
+        ({"plans.md": ["block.2"]}, "A plan cannot be named 'plans.md'"),
         ({"empty": []}, "The plan empty removes nothing"),
         ({"first": ["block.2"], "second": ["block.99"]}, "block.99"),
         ({"first": ["block.2"], "second": ["blok.9"]}, "Unknown kind of site 'blok'"),
@@ -497,6 +579,12 @@ def test_refusals(ablated: Path, workshop: Workshop, tmp_path: Path) -> None:
             {"a": {"replacement": "emulated_update", "options": {"source": "sequential"}, "fitting": None}},
             "source='sequential' is the mean in the stream of the pruned model itself",
         ),
+        ({"a": {**adapter, "sweep": None}}, "rungs.a.sweep is null"),
+        ({"a": {**adapter, "options": None}}, "rungs.a.options is null"),
+        ({"a": {**adapter, "share_runs": None}}, "rungs.a.share_runs is null"),
+        ({"a": {**adapter, "fitting": {"intercept": None}}}, "fitting.intercept is null"),
+        ({"a": {**adapter, "sweep": {"rank": [4, 2, 4]}}}, "The rung a has a value of rank twice"),
+        ({"a": {"replacement": "refit", "options": {"features": "both"}}}, "of a map: set map: linear too"),
         ({"a": {**adapter, "training": {"strategy": "sequential", "steps": 1, "validations": 1}}}, "fewer than the"),
     ):
         assert message in refusal(*settings(workshop, tmp_path, rungs=rungs, baseline="none"))

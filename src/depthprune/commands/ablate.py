@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from depthprune.figures import write_figures
 from depthprune.files import make_folder, only_writer, read_json, write_text
 from depthprune.loading import load
 from depthprune.names import slug, unknown_name
+from depthprune.nulls import check_filled
 from depthprune.progress import tracked
 from depthprune.recovery.ablations import BARE, RESULTS, UNPRUNED, Ablation, run_name
 from depthprune.recovery.ladder import Rung, with_calibration
@@ -29,7 +32,8 @@ from depthprune.report.plans import plans_figure, plans_report
 from depthprune.report.sweeps import forgetting_figure, sweep_figures
 from depthprune.sites import PruningPlan
 
-VERSION = 3
+VERSION = 4
+RESERVED = ("tensorboard", "training", "plans.md", "plans.png")  # names in an output's folder
 
 
 def ablate(
@@ -138,11 +142,26 @@ def _measure(
         if sample not in data:
             data = {sample: _sample(config, text, domains, sample)}
             _check_same(run.content, run.folder, f"text of sample {sample}", _fingerprints(data[sample], run.chosen))
+        if label not in (UNPRUNED, BARE):
+            _check_damage(run, sample)
         known = _unpruned(run.content, others, sample) if label == UNPRUNED else None
         measured = known or run.measure(label, sample, data[sample])
         run.content["losses"].setdefault(str(sample), {})[label] = measured
         run.save()
     shutil.rmtree(run.folder / "training", ignore_errors=True)  # everything is measured
+
+
+def _check_damage(run: Ablation, sample: int) -> None:
+    """Refuse sites that do nothing.
+
+    Raises:
+        ValueError: without them no loss changes.
+    """
+    bare, unpruned = (run.content["losses"][str(sample)][label]["losses"] for label in (BARE, UNPRUNED))
+    nats = [[sum(losses[domain]["nats"]) for losses in (bare, unpruned)] for domain in unpruned]
+    if all(math.isclose(*pair, rel_tol=1e-6) for pair in nats):  # they differ by rounding
+        sites = ", ".join(map(str, run.sites.sites))
+        raise ValueError(f"Without {sites} no loss changes, so there is nothing to recover: name other sites.")
 
 
 def _unpruned(content: dict[str, Any], others: list[dict[str, Any]], sample: int) -> dict[str, Any] | None:
@@ -185,7 +204,7 @@ def _plans(plan: dict[str, list[str]] | str) -> dict[str, PruningPlan]:
     if not plan:
         raise ValueError("There is no plan: give the path of a plan.json, or sites by the name of a plan.")
     for name, sites in plan.items():
-        if slug(name) != name or not name[:1].isalnum() or name in ("tensorboard", "training"):
+        if slug(name) != name or not name[:1].isalnum() or name in RESERVED:
             raise ValueError(f"A plan cannot be named {name!r}: choose another name of letters, digits and -_.")
         if not sites:
             raise ValueError(f"The plan {name} removes nothing: name its sites, such as block.12.")
@@ -209,11 +228,14 @@ def _figures(content: Mapping[str, Any]) -> dict[str, tuple[str, Figure]]:
 
 
 def _start(label: str, chosen: Mapping[str, Rung]) -> str | None:
-    """The rung that is another one's closed form."""
+    """The rung that is another one's closed form, if that is the same for all candidates among which is chosen."""
     if chosen[label].training is None:
         return None
-    closed = dataclasses.replace(chosen[label], training=None, tune={})
-    return next((other for other, rung in chosen.items() if rung == closed), None)
+    candidates = list(chosen[label].candidates(label).values())
+    closed = [dataclasses.replace(candidate, training=None) for candidate in candidates]
+    if any(each != closed[0] for each in closed):
+        return None
+    return next((other for other, rung in chosen.items() if rung == closed[0]), None)
 
 
 def _chosen(rungs: Mapping[str, Rung]) -> dict[str, Rung]:
@@ -227,6 +249,7 @@ def _chosen(rungs: Mapping[str, Rung]) -> dict[str, Rung]:
     chosen: dict[str, Rung] = {}
     owners: dict[str, str] = {}
     for name, rung in rungs.items():
+        check_filled(f"rungs.{name}", rung, Rung)
         for label, each in rung.swept(name).items():
             if not any(character.isalnum() for character in label):
                 raise ValueError(f"A rung cannot be named {label!r}: choose a name with a letter or a digit.")
@@ -253,7 +276,9 @@ def _opened(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
         return {"depthprune_ablation": VERSION, "config": config, "tuned": {}, "seconds": {}, "losses": {}}
     content = read_json(path, "an ablation's results")
-    if not isinstance(content, dict) or content.get("depthprune_ablation") != VERSION:
+    parts = ("config", "tuned", "seconds", "losses")
+    is_one = isinstance(content, dict) and all(isinstance(content.get(part), dict) for part in parts)
+    if not is_one or content.get("depthprune_ablation") != VERSION:
         raise ValueError(f"{path} is no ablation of this version: remove it, or name another output.")
     check_config(path.parent, "an ablation", content["config"], config)
     print(f"Going on with the ablation in {path.parent}.")
@@ -273,10 +298,22 @@ def _check_same(content: dict[str, Any], folder: Path, part: str, now: Any) -> N
 
 
 def _fingerprints(data: TextDataModule, chosen: Mapping[str, Rung]) -> dict[str, str]:
-    """Hashes of what is fitted to, also by rungs with a number of sequences of their own, and measured on."""
-    sets = {"calibration": data.calibration_dataloader(), **data.test_dataloader()}
-    for number in sorted({rung.calibration_sequences for rung in chosen.values() if rung.calibration_sequences}):
-        sets[f"calibration to {number}"] = with_calibration(data, number).calibration_dataloader()
+    """Hashes of what is fitted to, chosen by, trained on (as far as so many sequences reach) and measured on."""
+    candidates = [candidate for label, rung in chosen.items() for candidate in rung.candidates(label).values()]
+    own = sorted({rung.calibration_sequences for rung in candidates if rung.calibration_sequences})
+    sets = {"calibration": data.calibration_dataloader(), "tune": data.tune_dataloader(), **data.test_dataloader()}
+    for number in own:
+        other = with_calibration(data, number)
+        sets |= {
+            f"calibration to {number}": other.calibration_dataloader(),
+            f"tune to {number}": other.tune_dataloader(),
+        }
+    trained = [rung.training.steps * rung.training.batch_size for rung in candidates if rung.training]
+    if trained:
+        sets |= {f"tune of {name}": batches for name, batches in data.val_dataloader().items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a training goes through a short text again
+            sets["training"] = with_calibration(data, max(trained)).calibration_dataloader()
     return {name: batches.fingerprint for name, batches in sets.items()}
 
 

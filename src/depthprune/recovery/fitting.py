@@ -17,6 +17,7 @@ from depthprune.head import Batch, evaluating
 from depthprune.kept_layers import SolvedLayer
 from depthprune.moments import MeanUpdates, Observation, Vectors, massive, reads_kept
 from depthprune.names import unknown_name
+from depthprune.nulls import check_filled
 from depthprune.recovery.carried import CarriedBatch, carry, hooked, through
 from depthprune.recovery.cosine import Tokens, cosine_map
 from depthprune.recovery.regression import NO_RIDGE, STRENGTHS, AffineMap, best_map
@@ -66,6 +67,7 @@ class Fitting:
     intercept: bool = True
 
     def __post_init__(self) -> None:
+        check_filled("fitting", self, Fitting)
         if self.order not in ORDERS:
             raise unknown_name("order of fitting", self.order, ORDERS)
         if self.weights not in WEIGHTS:

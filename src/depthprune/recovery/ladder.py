@@ -166,6 +166,8 @@ def _combined(name: str, values: Mapping[str, list[Any]]) -> Iterator[dict[str, 
     for setting, listed in values.items():
         if not isinstance(listed, list) or not listed:
             raise ValueError(f"The rung {name} has no list of values for {setting}: give it values, or drop it.")
+        if any(value in listed[:place] for place, value in enumerate(listed)):
+            raise ValueError(f"The rung {name} has a value of {setting} twice: name each once.")
     for chosen in product(*values.values()):
         yield dict(zip(values, chosen, strict=True))
 

@@ -63,11 +63,13 @@ class UpdateSums(Metric):
         return self.sums, self.directions
 
     def figures(self) -> dict[Site, dict[str, float]]:
-        """The figures of each site (see :func:`compare_updates`)."""
+        """The figures of each site (see :func:`compare_updates`); none of one that adds nothing."""
         found = {}
         sums, directions = self.compute()
         for site, row in self.row.items():
             tokens, norm, wanted, cosine, error = sums[row].tolist()
+            if not wanted:
+                continue
             own, removed = directions[row] / tokens
             alike = torch.nn.functional.cosine_similarity(own, removed, dim=-1)
             values = norm / wanted, cosine / tokens, error / wanted, own.norm(), removed.norm(), alike
@@ -119,7 +121,8 @@ def compare_updates(
         batches: the text.
 
     Returns:
-        The figures of each removal in which something stands, by its first site.
+        The figures of each removal in which something stands, by its first site; without those that removed what adds
+        nothing.
     """
     anatomy = Anatomy.of(model)
     replacements = standing(model, plan)

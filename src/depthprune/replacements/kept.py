@@ -54,6 +54,8 @@ class Refit(InKeptLayers):
         if map not in MAPS:
             raise unknown_name("map beside a refit", map, MAPS)
         check_features(features)
+        if features != "read" and map == "none":
+            raise ValueError(f"The option features of refit is {features!r}, of a map: set map: linear too.")
         if distance not in DISTANCES:
             raise unknown_name("distance of a refit", distance, DISTANCES)
         if through not in ("inputs", "outputs"):

@@ -101,10 +101,11 @@ def _damage(here: Mapping[str, Row]) -> float:
 
 
 def _concentration(content: Mapping[str, Any]) -> float | None:
-    """How constant the removed updates are: the mean over sites and samples, of the first rung that says so."""
+    """How constant the removed updates are: the mean over samples and the sites of the rung that says so of most."""
     samples = whole_samples(content)
-    for label in samples[0]:
-        found = [site["concentration_removed"] for part in samples for site in part[label].get("updates", {}).values()]
-        if found:
-            return sum(found) / len(found)
-    return None
+    found = [
+        [site["concentration_removed"] for part in samples for site in part[label].get("updates", {}).values()]
+        for label in samples[0]
+    ]
+    most = max(found, key=len)
+    return sum(most) / len(most) if most else None
