@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,24 +14,24 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from depthprune.anatomy import unpruned_fingerprint
-from depthprune.configuration import as_data, check_config
+from depthprune.configuration import as_data
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
 from depthprune.figures import write_figures
-from depthprune.files import make_folder, only_writer, read_json, write_text
+from depthprune.files import make_folder, only_writer, write_text
 from depthprune.loading import load
 from depthprune.names import slug, unknown_name
 from depthprune.nulls import check_filled
 from depthprune.progress import tracked
+from depthprune.recovery.ablation_file import check_same, measured_unpruned, open_results, text_fingerprints
 from depthprune.recovery.ablations import BARE, RESULTS, UNPRUNED, Ablation, run_name
-from depthprune.recovery.ladder import Rung, with_calibration
+from depthprune.recovery.ladder import Rung
 from depthprune.report.ablation import ablation_figure, console_table, report
 from depthprune.report.plans import plans_figure, plans_report
 from depthprune.report.sweeps import forgetting_figure, sweep_figures
 from depthprune.sites import PruningPlan
 
-VERSION = 4
 RESERVED = ("tensorboard", "training", "plans.md", "plans.png")  # names in an output's folder
 
 
@@ -99,7 +98,7 @@ def ablate(
     plans = _plans(plan)
     folder = make_folder(output)
     with only_writer(folder, "ablate"):
-        opened = {name: _opened(folder / name / RESULTS, _of_plan(config, name)) for name in plans}
+        opened = {name: open_results(folder / name / RESULTS, _of_plan(config, name)) for name in plans}
         fabric = start_fabric(accelerator)
         causal_lm, _ = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
         torch.nn.Module.to(causal_lm, fabric.device)
@@ -109,8 +108,8 @@ def ablate(
         }
         for run in runs.values():
             run.check()
-            _check_same(run.content, run.folder, "weights", unpruned_fingerprint(causal_lm).weights)
-            _check_same(run.content, run.folder, "plan", [removal.to_dict() for removal in run.sites.removals])
+            check_same(run.content, run.folder, "weights", unpruned_fingerprint(causal_lm).weights)
+            check_same(run.content, run.folder, "plan", [removal.to_dict() for removal in run.sites.removals])
             run.content["starts"] = {label: start for label in chosen if (start := _start(label, chosen))}
             run.content["settings"] = {name: rung.settings(name) for name, rung in rungs.items()}
         for name, run in runs.items():
@@ -141,10 +140,10 @@ def _measure(
     for sample, label in tracked(todo, "Rungs"):
         if sample not in data:
             data = {sample: _sample(config, text, domains, sample)}
-            _check_same(run.content, run.folder, f"text of sample {sample}", _fingerprints(data[sample], run.chosen))
+            check_same(run.content, run.folder, f"text of sample {sample}", text_fingerprints(data[sample], run.chosen))
         if label not in (UNPRUNED, BARE):
             _check_damage(run, sample)
-        known = _unpruned(run.content, others, sample) if label == UNPRUNED else None
+        known = measured_unpruned(run.content, others, sample) if label == UNPRUNED else None
         measured = known or run.measure(label, sample, data[sample])
         run.content["losses"].setdefault(str(sample), {})[label] = measured
         run.save()
@@ -162,19 +161,6 @@ def _check_damage(run: Ablation, sample: int) -> None:
     if all(math.isclose(*pair, rel_tol=1e-6) for pair in nats):  # they differ by rounding
         sites = ", ".join(map(str, run.sites.sites))
         raise ValueError(f"Without {sites} no loss changes, so there is nothing to recover: name other sites.")
-
-
-def _unpruned(content: dict[str, Any], others: list[dict[str, Any]], sample: int) -> dict[str, Any] | None:
-    """What was put down about the unpruned model on the same sample of the same text, under another plan."""
-    key = f"text of sample {sample}"
-    return next(
-        (
-            found
-            for other in others
-            if other.get(key) == content[key] and (found := other["losses"].get(str(sample), {}).get(UNPRUNED))
-        ),
-        None,
-    )
 
 
 def _write(run: Ablation) -> None:
@@ -265,56 +251,6 @@ def _chosen(rungs: Mapping[str, Rung]) -> dict[str, Rung]:
                 owners[folder] = label
             chosen[label] = each
     return chosen
-
-
-def _opened(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The results so far.
-
-    Raises:
-        ValueError: the file holds those of another configuration.
-    """
-    if not path.exists():
-        return {"depthprune_ablation": VERSION, "config": config, "tuned": {}, "seconds": {}, "losses": {}}
-    content = read_json(path, "an ablation's results")
-    parts = ("config", "tuned", "seconds", "losses")
-    is_one = isinstance(content, dict) and all(isinstance(content.get(part), dict) for part in parts)
-    if not is_one or content.get("depthprune_ablation") != VERSION:
-        raise ValueError(f"{path} is no ablation of this version: remove it, or name another output.")
-    check_config(path.parent, "an ablation", content["config"], config)
-    print(f"Going on with the ablation in {path.parent}.")
-    return content
-
-
-def _check_same(content: dict[str, Any], folder: Path, part: str, now: Any) -> None:
-    """Put down what the results stand on, or compare with what was put down by the run before.
-
-    Raises:
-        ValueError: it has changed since.
-    """
-    if content.setdefault(part, now) != now:
-        raise ValueError(
-            f"The {part} of the ablation in {folder} changed since it began: name another output, or remove it."
-        )
-
-
-def _fingerprints(data: TextDataModule, chosen: Mapping[str, Rung]) -> dict[str, str]:
-    """Hashes of what is fitted to, chosen by, trained on (as far as so many sequences reach) and measured on."""
-    candidates = [candidate for label, rung in chosen.items() for candidate in rung.candidates(label).values()]
-    own = sorted({rung.calibration_sequences for rung in candidates if rung.calibration_sequences})
-    sets = {"calibration": data.calibration_dataloader(), "tune": data.tune_dataloader(), **data.test_dataloader()}
-    for number in own:
-        other = with_calibration(data, number)
-        sets |= {
-            f"calibration to {number}": other.calibration_dataloader(),
-            f"tune to {number}": other.tune_dataloader(),
-        }
-    trained = [rung.training.steps * rung.training.batch_size for rung in candidates if rung.training]
-    if trained:
-        sets |= {f"tune of {name}": batches for name, batches in data.val_dataloader().items()}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a training goes through a short text again
-            sets["training"] = with_calibration(data, max(trained)).calibration_dataloader()
-    return {name: batches.fingerprint for name, batches in sets.items()}
 
 
 def _sample(config: dict[str, Any], text: TextSource, domains: dict[str, TextSource], sample: int) -> TextDataModule:
