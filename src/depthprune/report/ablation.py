@@ -244,7 +244,7 @@ def ablation_figure(content: Mapping[str, Any]) -> Figure:
                 if value < LOWEST:
                     axes.text(LOWEST, place, f" \N{LEFTWARDS ARROW} {value:.0f}", va="center", fontsize=9, color=BLUE)
         axes.set_yticks(places, [plain(label) for label in labels])
-        axes.invert_yaxis() if axes is panels[0] else None
+        axes.set_ylim(len(labels) - 0.5, -0.5)
         tidy(axes, domain, "", grid="x")
     figure.supxlabel("recovered, % of the damage", fontsize=9.5)
     legend(figure, panels[:1])
