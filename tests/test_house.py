@@ -89,6 +89,7 @@ LAYERS = [
     {"recovery.training"},
     {"recovery.ladder"},
     {"recovery.ablations"},
+    {"recovery.ablation_file"},
     {"report.results", "report.markdown"},
     {"report.findings", "figures", "report.ablation", "study_file"},
     {"report.sections", "report.sweeps"},
