@@ -92,6 +92,8 @@ def load(
             f"With device_map={device_map!r} some weights of {name} stay on disk, where they cannot be pruned: choose "
             "one that keeps them in memory, such as cpu."
         )
+    if str(name) in embedded.MODELS:
+        model.config._name_or_path = str(name)  # run cards and saved configs name the model, not this machine's cache
     warn_of_slow_dtype(model)
     return model.eval(), load_tokenizer(name, revision=revision)
 

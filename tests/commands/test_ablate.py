@@ -534,6 +534,7 @@ def test_refused_plans(workshop: Workshop, tmp_path: Path) -> None:
         ({"../up": ["block.2"]}, "A plan cannot be named '../up'"),
         ({"..": ["block.2"]}, "A plan cannot be named '..'"),
         ({"plans.md": ["block.2"]}, "A plan cannot be named 'plans.md'"),
+        ({"a" * 300: ["block.2"]}, "choose one of at most 100 letters"),
         ({"empty": []}, "The plan empty removes nothing"),
         ({"first": ["block.2"], "second": ["block.99"]}, "block.99"),
         ({"first": ["block.2"], "second": ["blok.9"]}, "Unknown kind of site 'blok'"),

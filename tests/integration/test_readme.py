@@ -19,6 +19,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     exec(compile(code, str(README), "exec"), known)
     assert len(known["plan"].sites) == 10
     assert {site.kind for site in known["plan"].sites} == {"attention"}
+    assert known["model"].name_or_path == "smollm2-135m-instruct-q4"  # not the cache folder of this machine
     reopened, tokenizer = dp.load("checkpoints/mine")
     ids = tokenizer("Some text.", return_tensors="pt")["input_ids"]
     assert reopened(ids).logits.equal(known["model"](ids).logits)

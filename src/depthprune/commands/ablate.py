@@ -33,6 +33,7 @@ from depthprune.report.sweeps import forgetting_figure, sweep_figures
 from depthprune.sites import PruningPlan
 
 RESERVED = ("tensorboard", "training", "plans.md", "plans.png")  # names in an output's folder
+LONGEST_NAME = 100  # of a plan, as file systems take it
 
 
 def ablate(
@@ -131,11 +132,11 @@ def _measure(
         for label in labels
         if label not in run.content["losses"].get(str(sample), {})
     ]
-    count, ways = len(run.sites.sites), len(run.chosen)
-    print(
-        f"Recovering {what}{count} sites of {config['model']} in {ways} ways on {config['samples']} samples.",
-        flush=True,
+    sites, ways, samples = (
+        f"{count} {word}{'s' * (count > 1)}"
+        for count, word in [(len(run.sites.sites), "site"), (len(run.chosen), "way"), (config["samples"], "sample")]
     )
+    print(f"Recovering {what}{sites} of {config['model']} in {ways} on {samples}.", flush=True)
     data: dict[int, TextDataModule] = {}
     for sample, label in tracked(todo, "Rungs"):
         if sample not in data:
@@ -190,8 +191,10 @@ def _plans(plan: dict[str, list[str]] | str) -> dict[str, PruningPlan]:
     if not plan:
         raise ValueError("There is no plan: give the path of a plan.json, or sites by the name of a plan.")
     for name, sites in plan.items():
-        if slug(name) != name or not name[:1].isalnum() or name in RESERVED:
-            raise ValueError(f"A plan cannot be named {name!r}: choose another name of letters, digits and -_.")
+        if slug(name) != name or not name[:1].isalnum() or name in RESERVED or len(name) > LONGEST_NAME:
+            raise ValueError(
+                f"A plan cannot be named {name!r}: choose one of at most {LONGEST_NAME} letters, digits and -_."
+            )
         if not sites:
             raise ValueError(f"The plan {name} removes nothing: name its sites, such as block.12.")
     return {name: PruningPlan.of(*sites) for name, sites in plan.items()}
