@@ -171,6 +171,8 @@ def test_the_layout_names_tags_that_are_there(rising: Path) -> None:
     named = {tag for tags in found.values() for tag in tags}
     assert {"1_overfitting/gap_growth", "2_forgetting/other"} <= named
     assert not any("/train/" in tag for tag in named)
+    tags = [list(chart.multiline.tag) for category in layout.category for chart in category.chart]
+    assert all(some == sorted(some) for some in tags)  # whatever the order of domains, runs share their charts
 
 
 @pytest.mark.parametrize("monitor", [ForgettingMonitor, OverfittingMonitor])

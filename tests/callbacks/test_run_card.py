@@ -129,6 +129,16 @@ def test_the_text_of_healing_and_of_controls(
     assert facts["trained parameters"] == f"{sum(parts.values()):,}"
 
 
+def test_the_rate_that_a_cycle_goes_up_to(workshop: Workshop, tmp_path: Path) -> None:
+    settings = fit_settings(workshop, tmp_path)
+    cycle = {"max_lr": 0.05, "total_steps": 8, "cycle_momentum": False}
+    settings["model"]["scheduler"] = {"class_path": "torch.optim.lr_scheduler.OneCycleLR", "init_args": cycle}
+    settings["trainer"] |= {"max_steps": 1, "limit_val_batches": 0, "callbacks": [CARD]}
+    assert run("fit", "--config", write_config(tmp_path / "fit.yaml", settings)) == 0
+    facts = dict(row for row in rows_of(tmp_path) if len(row) == 2)
+    assert facts["optimizer"] == "AdamW, learning rate 0.05"
+
+
 def test_the_text_says_what_is_done(workshop: Workshop, carded: Path) -> None:
     rows = rows_of(carded)
     facts = dict(row for row in rows if len(row) == 2)

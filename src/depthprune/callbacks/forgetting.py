@@ -143,5 +143,8 @@ def add_layout(trainer: Trainer, domains: list[str], damaged: list[str]) -> None
 
 
 def _chart(*tags: str) -> list[Any]:
-    """A chart of these tags alone; TensorBoard reads a tag as a pattern that may stand anywhere in others."""
-    return ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]]
+    """A chart of these tags alone; TensorBoard reads a tag as a pattern that may stand anywhere in others.
+
+    They are sorted, because it shows the charts of several runs as one where they are equal.
+    """
+    return ["Multiline", [f"^{re.escape(tag)}$" for tag in sorted(tags)]]

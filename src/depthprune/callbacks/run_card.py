@@ -145,9 +145,9 @@ def objective_in_words(pl_module: RecoveryModule) -> str:
 
 
 def learning_rate(trainer: Trainer) -> float:
-    """The optimizer's, before any schedule."""
+    """The optimizer's, before any schedule; of one that goes up to a rate of its own (OneCycleLR), that rate."""
     group = trainer.optimizers[0].param_groups[0]
-    return float(group.get("initial_lr", group["lr"]))
+    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
 
 
 def sequences_of_a_step(trainer: Trainer) -> int:
