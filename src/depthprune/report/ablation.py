@@ -231,12 +231,14 @@ def ablation_figure(content: Mapping[str, Any]) -> Figure:
     for axes, domain in zip(panels, domains, strict=True):
         here = [row for row in found if row.domain == domain]
         places = range(len(here))
-        for sample in range(len(here[0].by_sample) if here else 0):
+        samples = len(here[0].by_sample) if here else 0
+        for sample in range(samples if samples > 1 else 0):  # a single one is the whole
             shares = [100 * row.by_sample[sample] for row in here]
             axes.plot(shares, places, ".", color=GREY, ms=5, label="one sample" if sample == 0 else None)
         spans = errors([Interval(*(100 * end for end in vars(row.recovered).values())) for row in here])
         values = [100 * row.recovered.value for row in here]
-        axes.errorbar(values, places, xerr=spans, fmt="o", color=BLUE, ms=6, capsize=3, label="all samples, 95%")
+        together = "all samples" if samples > 1 else "one sample"
+        axes.errorbar(values, places, xerr=spans, fmt="o", color=BLUE, ms=6, capsize=3, label=f"{together}, 95%")
         axes.axvline(0, color="black", lw=0.8)
         if min(values) < LOWEST:
             axes.set_xlim(LOWEST, max([*values, 0.0]) + 10)
