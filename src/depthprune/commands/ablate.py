@@ -129,7 +129,7 @@ def _measure(
     todo = [
         (sample, label)
         for sample in range(config["samples"])
-        for label in labels
+        for label in (UNPRUNED, BARE, *by_closed_form(run.chosen))
         if label not in run.content["losses"].get(str(sample), {})
     ]
     sites, ways, samples = (
@@ -146,9 +146,17 @@ def _measure(
             _check_damage(run, sample)
         known = measured_unpruned(run.content, others, sample) if label == UNPRUNED else None
         measured = known or run.measure(label, sample, data[sample])
-        run.content["losses"].setdefault(str(sample), {})[label] = measured
+        found = {**run.content["losses"].get(str(sample), {}), label: measured}
+        run.content["losses"][str(sample)] = {name: found[name] for name in labels if name in found}
         run.save()
     shutil.rmtree(run.folder / "training", ignore_errors=True)  # everything is measured
+
+
+def by_closed_form(chosen: Mapping[str, Rung]) -> list[str]:
+    """The rungs in an order in which those with one closed form follow each other, so that it is found once."""
+    closed = {label: dataclasses.replace(rung, training=None, tune={}) for label, rung in chosen.items()}
+    first = list(closed.values())
+    return sorted(chosen, key=lambda label: first.index(closed[label]))
 
 
 def _check_damage(run: Ablation, sample: int) -> None:
