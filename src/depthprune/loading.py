@@ -24,6 +24,7 @@ from transformers import (
 from depthprune import embedded
 from depthprune.anatomy import pruning_record
 from depthprune.devices import warn_of_slow_dtype
+from depthprune.embedded_catalogue import MODELS
 from depthprune.families import check_supported, family_of, refuse_quantised
 from depthprune.files import check_new_folder, whole_folder, write_json
 from depthprune.names import unknown_name
@@ -92,7 +93,7 @@ def load(
             f"With device_map={device_map!r} some weights of {name} stay on disk, where they cannot be pruned: choose "
             "one that keeps them in memory, such as cpu."
         )
-    if str(name) in embedded.MODELS:
+    if str(name) in MODELS:
         model.config._name_or_path = str(name)  # run cards and saved configs name the model, not this machine's cache
     warn_of_slow_dtype(model)
     return model.eval(), load_tokenizer(name, revision=revision)
@@ -217,9 +218,9 @@ def _resolve(name: str | Path, revision: str | None) -> str:
     text = str(name)
     if not text.strip():
         raise ValueError("The model has no name: give an embedded name, a hub name or a folder.")
-    if revision is not None and (text in embedded.MODELS or Path(text).expanduser().is_dir()):
+    if revision is not None and (text in MODELS or Path(text).expanduser().is_dir()):
         raise ValueError(f"revision is {revision!r}, but {text} is not on the hub and has none: leave revision out.")
-    if text in embedded.MODELS:
+    if text in MODELS:
         return str(embedded.model_folder(text))
     path = Path(text).expanduser()
     if path.is_dir():
@@ -228,7 +229,7 @@ def _resolve(name: str | Path, revision: str | None) -> str:
         return str(path)
     is_hub_name = text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith("/")
     if not is_hub_name or path.parent.is_dir():
-        raise unknown_name("model (neither an embedded name, a hub name, nor a folder)", text, embedded.MODELS)
+        raise unknown_name("model (neither an embedded name, a hub name, nor a folder)", text, MODELS)
     return text
 
 

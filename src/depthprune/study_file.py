@@ -14,10 +14,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from depthprune import embedded
 from depthprune.anatomy import architecture_of, unpruned_fingerprint
 from depthprune.configuration import check_config
 from depthprune.data.module import TextDataModule
+from depthprune.embedded_catalogue import MODELS
 from depthprune.files import read_json, write_json
 from depthprune.report.results import STUDY_VERSION
 
@@ -107,7 +107,7 @@ class StudyFile:
             versions={"python": platform.python_version(), **{package: version(package) for package in packages}},
             model={
                 "name": name,
-                "note": embedded.MODELS[name].note if name in embedded.MODELS else None,
+                "note": MODELS[name].note if name in MODELS else None,
                 "architecture": architecture_of(causal_lm.config),
                 "parameters": sum(parameter.numel() for parameter in causal_lm.parameters()),
                 "bos": data.spec.bos is not None,

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from depthprune import embedded
+from depthprune.data import opening
 from depthprune.data import text as text_module
 from depthprune.data.opening import open_text, read_documents
 from depthprune.data.text import ROLES, Document, RoleShares, TextSource, role_documents, role_of
@@ -82,7 +83,7 @@ def test_json_lines_text_and_compressed_files(tmp_path: Path) -> None:
 
 def test_embedded_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_lines(tmp_path / "t.jsonl", [{"text": word, "group": "g"} for word in WORDS])
-    monkeypatch.setattr(embedded, "TEXTS", {"tiny": None})
+    monkeypatch.setattr(opening, "TEXTS", {"tiny": None})
     monkeypatch.setattr(embedded, "text_file", lambda name: file)
     documents = list(read_documents(TextSource("tiny")))
     assert [document.text for document in documents] == WORDS
@@ -132,7 +133,7 @@ def test_shares_that_do_not_sum_to_one(shares: tuple[float, ...]) -> None:
 
 
 def test_names_that_do_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "TEXTS", {"xsum": None, "boolq-passages": None})
+    monkeypatch.setattr(opening, "TEXTS", {"xsum": None, "boolq-passages": None})
     with pytest.raises(ValueError, match="Did you mean 'xsum'"):
         open_text(TextSource("xsom"))
     for path in (str(tmp_path / "no.jsonl"), "no/file.parquet", "./no-folder", "a/b/c"):

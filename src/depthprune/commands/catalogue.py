@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from depthprune import embedded
+from depthprune.embedded_catalogue import MODELS, TASKS, TEXTS
 from depthprune.families import FAMILIES
 from depthprune.influence.registry import METRICS
 from depthprune.recovery.objectives import OBJECTIVES
@@ -13,9 +13,9 @@ from depthprune.sites import KINDS
 def names() -> dict[str, dict[str, str]]:
     """Every name by what it names, with its one-line description."""
     return {
-        "embedded models": {name: model.description for name, model in embedded.MODELS.items()},
-        "embedded texts": {name: text.description for name, text in embedded.TEXTS.items()},
-        "embedded tasks": {name: task.description for name, task in embedded.TASKS.items()},
+        "embedded models": {name: model.description for name, model in MODELS.items()},
+        "embedded texts": {name: text.description for name, text in TEXTS.items()},
+        "embedded tasks": {name: task.description for name, task in TASKS.items()},
         "model types": {name: "" for family in FAMILIES for name in family.model_types},
         "kinds of site": dict.fromkeys(KINDS, ""),
         "metrics": METRICS,

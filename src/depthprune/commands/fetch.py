@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from depthprune import embedded
+from depthprune.embedded_catalogue import MODELS, TASKS, TEXTS
 
 
 def fetch(names: list[str] = []) -> None:  # noqa: B006 -- read only
@@ -11,7 +12,7 @@ def fetch(names: list[str] = []) -> None:  # noqa: B006 -- read only
     Args:
         names: their names, such as [xsum]; everything if not given.
     """
-    chosen = names or [*embedded.MODELS, *embedded.TEXTS, *embedded.TASKS]
+    chosen = names or [*MODELS, *TEXTS, *TASKS]
     for name, path in zip(chosen, embedded.fetch(chosen), strict=True):
         print(f"{name}: {path}")
     print("Next: depthprune study --config configs/study/quickstart.yaml")

@@ -12,6 +12,7 @@ from datasets import DatasetBuilder, IterableDataset, load_dataset_builder
 
 from depthprune import embedded
 from depthprune.data.text import BAD_ROWS, FORMATS, Document, Text, TextSource, file_format, first_line, tell
+from depthprune.embedded_catalogue import TEXTS
 from depthprune.names import unknown_name
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -120,7 +121,7 @@ def _locate(source: TextSource) -> tuple[TextSource, dict[str, Any]]:
     """The source with its columns filled in, and how ``load_dataset_builder`` finds it."""
     if not source.path.strip():
         raise ValueError("The text has no path: name an embedded text, a data set `owner/name`, a file or a folder.")
-    if source.path in embedded.TEXTS:
+    if source.path in TEXTS:
         _refuse_ignored(source, "is embedded and has its own", "name", "revision", "split", "files", "column")
         _refuse_ignored(source, "is embedded and holds no conversations", "chat", "prompt_column")
         file = embedded.text_file(source.path)
@@ -138,7 +139,7 @@ def _locate(source: TextSource) -> tuple[TextSource, dict[str, Any]]:
     is_path = source.path.startswith((".", "/", "~")) or file_format(path) is not None
     if not path.is_dir() and (is_path or not _HUB_NAME.fullmatch(source.path)):
         kind = "text (neither an embedded name, a data set `owner/name`, nor a file or folder that exists)"
-        raise unknown_name(kind, source.path, embedded.TEXTS)
+        raise unknown_name(kind, source.path, TEXTS)
     arguments: dict[str, Any] = {"path": str(path.resolve()) if path.is_dir() else source.path, "name": source.name}
     if source.files is not None:
         arguments["data_files"] = {source.split: source.files}

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from depthprune import embedded
+from depthprune.embedded_catalogue import TASKS
 from depthprune.names import unknown_name
 
 LETTERS = "ABCDEFGHIJ"
@@ -101,17 +102,17 @@ def read_questions(source: ChoiceSource) -> tuple[list[Question], list[Question]
 def _find(source: ChoiceSource) -> tuple[list[Path], list[Path]]:
     """The files of the split and those of the split ``dev``."""
     path = Path(source.path).expanduser()
-    if source.path in embedded.TASKS or path.is_file():
+    if source.path in TASKS or path.is_file():
         if source.split != ChoiceSource.split:
             raise ValueError(f"The task {source.path} is one file and has no splits: leave `split` out.")
-        if source.path in embedded.TASKS:
+        if source.path in TASKS:
             return [embedded.task_file(source.path)], []
         if path.suffix not in _ENDINGS:
             raise ValueError(f"The task {source.path} has none of the endings {', '.join(_ENDINGS)}: rename it.")
         return [path], []
     if not source.path.strip() or not path.is_dir():
         kind = "task (neither an embedded name, nor a file or folder that exists)"
-        raise unknown_name(kind, source.path, embedded.TASKS)
+        raise unknown_name(kind, source.path, TASKS)
     splits: dict[str, dict[tuple[Path, str], list[Path]]] = {}  # by split, then by folder and format
     for file in sorted(path.rglob("*")):
         if file.suffix in _ENDINGS and file.is_file() and not file.name.startswith("."):
