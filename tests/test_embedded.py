@@ -21,8 +21,8 @@ import pytest
 
 from depthprune import embedded
 from depthprune.embedded import fetch, model_folder, task_file, text_file
-from depthprune.embedded_catalogue import MODELS, TASKS, TEXTS, EmbeddedModel, EmbeddedTask, EmbeddedText
-from depthprune.embedded_tasks import lettered, yes_or_no
+from depthprune.embedded_catalogue import MODELS, TASKS, TEXTS, WORD_PROBLEMS, EmbeddedModel, EmbeddedTask, EmbeddedText
+from depthprune.embedded_tasks import lettered, word_problem, yes_or_no
 from depthprune.wheels import Wheel
 
 PASSAGES = [
@@ -211,8 +211,36 @@ def test_options_are_split_at_their_letters_alone() -> None:
     assert question["answer"] == 1
 
 
+def test_a_question_stands_below_its_passage() -> None:
+    row = {"passage": "Ann ran. ", "question": "Why?", "options": "A. late\nB. bored", "answer": "A. late"}
+    question = lettered(row)
+    assert question is not None
+    assert question["question"] == "Ann ran.\nQuestion: Why?"
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        ("9 apples", "9"),
+        ("$1,200", "1200"),
+        ("21.9 kilograms of sand", "21.9"),
+        ("-3", "-3"),
+        ("3:4", None),
+        ("5:45 p.m.", None),
+        ("6th", None),
+        ("3 boxes and 2 cans", None),
+        ("Yes", None),
+    ],
+)
+def test_word_problems_have_one_number(answer: str, number: str | None) -> None:
+    problem = word_problem({"passage": "Ann has a box. ", "question": "How many? ", "answer": answer})
+    expected = {"question": "Ann has a box. How many?", "options": [], "answer": number, "subject": ""}
+    assert problem == (expected if number is not None else None)
+
+
 def test_no_name_is_used_twice() -> None:
-    assert len({*MODELS, *TEXTS, *TASKS}) == len(MODELS) + len(TEXTS) + len(TASKS)
+    registries = (MODELS, TEXTS, TASKS, WORD_PROBLEMS)
+    assert len({name for registry in registries for name in registry}) == sum(map(len, registries))
 
 
 def test_one_download_feeds_all_names(site: Site) -> None:
@@ -436,6 +464,9 @@ def test_real_texts(name: str, documents: int, groups: int, characters: int) -> 
         ("boolq", 3270, 2, [2033, 1237]),
         ("piqa", 1500, 2, [754, 746]),
         ("openbookqa", 500, 4, [138, 126, 132, 104]),
+        ("commonsenseqa", 1215, 5, [239, 255, 240, 249, 232]),
+        ("siqa", 1925, 3, [635, 643, 647]),
+        ("logiqa", 1000, 4, [201, 241, 280, 278]),
     ],
 )
 def test_real_tasks(name: str, questions: int, options: int, answers: list[int]) -> None:
@@ -479,3 +510,11 @@ def test_real_model() -> None:
     with torch.inference_mode():
         answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
+
+
+@pytest.mark.integration
+def test_real_word_problems() -> None:
+    rows = read(task_file("asdiv"))
+    assert len(rows) == len({row["question"] for row in rows}) == 2083
+    assert "2083 questions" in WORD_PROBLEMS["asdiv"].description
+    assert all(str(float(row["answer"])) and not row["options"] for row in rows)

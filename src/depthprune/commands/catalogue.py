@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from depthprune.embedded_catalogue import MODELS, TASKS, TEXTS
+from depthprune.embedded_catalogue import MODELS, TASKS, TEXTS, WORD_PROBLEMS
 from depthprune.families import FAMILIES
 from depthprune.influence.registry import METRICS
 from depthprune.recovery.objectives import OBJECTIVES
@@ -16,6 +16,7 @@ def names() -> dict[str, dict[str, str]]:
         "embedded models": {name: model.description for name, model in MODELS.items()},
         "embedded texts": {name: text.description for name, text in TEXTS.items()},
         "embedded tasks": {name: task.description for name, task in TASKS.items()},
+        "embedded word problems": {name: task.description for name, task in WORD_PROBLEMS.items()},
         "model types": {name: "" for family in FAMILIES for name in family.model_types},
         "kinds of site": dict.fromkeys(KINDS, ""),
         "metrics": METRICS,
