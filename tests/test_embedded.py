@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -234,13 +235,15 @@ def test_a_question_stands_below_its_passage() -> None:
 )
 def test_word_problems_have_one_number(answer: str, number: str | None) -> None:
     problem = word_problem({"passage": "Ann has a box. ", "question": "How many? ", "answer": answer})
-    expected = {"question": "Ann has a box. How many?", "options": [], "answer": number, "subject": ""}
-    assert problem == (expected if number is not None else None)
+    if number is None:
+        assert problem is None
+    else:
+        assert problem == {"question": "Ann has a box. How many?", "options": [], "answer": number, "subject": ""}
 
 
 def test_no_name_is_used_twice() -> None:
-    registries = (MODELS, TEXTS, TASKS, WORD_PROBLEMS)
-    assert len({name for registry in registries for name in registry}) == sum(map(len, registries))
+    registries: tuple[Mapping[str, object], ...] = (MODELS, TEXTS, TASKS, WORD_PROBLEMS)
+    assert len({name for registry in registries for name in registry}) == sum(len(registry) for registry in registries)
 
 
 def test_one_download_feeds_all_names(site: Site) -> None:

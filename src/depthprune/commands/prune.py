@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from depthprune.anatomy import pruning_record, unpruned_fingerprint
 from depthprune.data.module import one_text
 from depthprune.data.text import RoleShares, TextSource
@@ -17,13 +15,12 @@ from depthprune.influence.table import InfluenceTable
 from depthprune.loading import PLAN_FILE, load, save
 from depthprune.progress import tracked
 from depthprune.pruning import prune as prune_model
-from depthprune.recovery.checkpoints import read_checkpoint
 from depthprune.recovery.closed_form import check_closed_form
 from depthprune.recovery.fitting import Fitting
-from depthprune.recovery.start_weights import pull
+from depthprune.recovery.trained import install_trained, read_trained
 from depthprune.removal import remove_for_good
 from depthprune.sites import PruningPlan
-from depthprune.surgery import check_plan, install_slots, replacement_state
+from depthprune.surgery import check_plan
 
 
 def prune(
@@ -97,12 +94,10 @@ def prune(
                 f"{flag} does not go with {given[0]}, which has its own or no use for it: leave one of the two out."
             )
     output = str(check_new_folder(output))
-    trained = read_checkpoint(checkpoint) if checkpoint else None
+    trained = read_trained(checkpoint) if checkpoint else None
     causal_lm, tokenizer = load(model, dtype=dtype, revision=revision, device_map=device_map)
     if trained is not None:
-        if trained["depthprune"]["settings"].get("control"):
-            raise ValueError(f"{checkpoint} is of a control, whose weights belong to the unpruned model: name another.")
-        chosen = PruningPlan.from_dict(trained["depthprune"]["plan"], checkpoint or "")
+        chosen, _ = trained
     elif plan is not None:
         chosen = PruningPlan.load(plan)
     elif influence is not None:
@@ -128,13 +123,6 @@ def prune(
     check_plan(causal_lm, chosen)
     if trained is None and not plan_only:
         check_closed_form(chosen)
-    if trained is not None:
-        weights = trained["depthprune"].get("base_weights")
-        if weights and weights != unpruned_fingerprint(causal_lm).weights:
-            raise ValueError(
-                f"The replacements of {checkpoint} were trained on other weights than those of {model}: name the model "
-                "that they were trained on."
-            )
     was_pruned = pruning_record(causal_lm) is not None
     print(f"Removing {', '.join(map(str, chosen.sites))} from {model}.", flush=True)
     if plan_only:
@@ -143,11 +131,7 @@ def prune(
         print(f"Wrote the plan to {Path(output) / PLAN_FILE}.\nNext: {_fit_command(model, output)}")
         return
     if trained is not None:
-        install_slots(causal_lm, chosen)
-        _take_replacements(causal_lm, trained["state_dict"])
-        if interpolation is not None:
-            pull(causal_lm, trained["depthprune"]["start_weights"], 1 - interpolation)
-        remove_for_good(causal_lm, chosen)
+        remove_for_good(causal_lm, install_trained(causal_lm, checkpoint or "", trained[1], interpolation))
     else:
         batches = None
         if any(removal.replacement != "none" for removal in chosen.removals):
@@ -187,10 +171,3 @@ def _fit_command(model: str, output: str) -> str:
 def _score_command(output: str) -> str:
     command = ["depthprune", "influence", "--config", "configs/influence/quickstart.yaml", "--model", output]
     return shlex.join([*command, "--output", f"{output.rstrip('/')}-influence"])
-
-
-def _take_replacements(causal_lm: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    own = {f"model.{key}": value.shape for key, value in replacement_state(causal_lm).items()}
-    if own != {key: value.shape for key, value in state.items()}:
-        raise ValueError("The checkpoint is damaged: it lacks parts of its plan's replacements. Name another one.")
-    causal_lm.load_state_dict({key.removeprefix("model."): value for key, value in state.items()}, strict=False)
