@@ -5,16 +5,21 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 from jsonargparse import auto_parser
 
 from depthprune.cli import COMMANDS, LIGHTNING
+from depthprune.evaluation.gates import read_gates
+from depthprune.evaluation.results import names_of_figures
+from depthprune.evaluation.task_pack import PACK, PREFIX
 from tests.command_line import run
 
 HOME = Path(__file__).parents[1]
-CONFIGS = sorted((HOME / "configs").rglob("*.yaml"))
+GATES = sorted((HOME / "configs" / "gates").glob("*.yaml"))  # beside a configuration of evaluate
+CONFIGS = [path for path in sorted((HOME / "configs").rglob("*.yaml")) if path not in GATES]
 BY_ROOM = {
     command: [path for path in CONFIGS if path.parent.name == command]
-    for command in ("study", "influence", "curve", "prune", "ablate", "generate")
+    for command in ("study", "influence", "curve", "prune", "evaluate", "ablate", "generate")
 }
 FITS = [path for path in CONFIGS if path.parent.name == "fit"]
 
@@ -32,6 +37,7 @@ def first_command(path: Path) -> list[str]:
 
 def test_there_are_configs_of_every_command():
     assert FITS
+    assert GATES
     assert all(BY_ROOM.values())
     assert len(FITS) + sum(map(len, BY_ROOM.values())) == len(CONFIGS)
 
@@ -74,3 +80,17 @@ def test_a_misspelt_option_would_be_refused(tmp_path, capsys):
     config.write_text(FITS[0].read_text(encoding="utf-8").replace("replacement:", "replacment:"))
     assert run("fit", "--config", config, "--print_config") == 2
     assert "replacment" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", GATES, ids=name)
+def test_gates_limit_what_is_measured(path):
+    command = first_command(path)
+    assert command[:3] == ["depthprune", "evaluate", "--config"]
+    assert command[4:] == ["--gates", name(path)]
+    config = yaml.safe_load((HOME / command[3]).read_text(encoding="utf-8"))
+    domains = [config["text"]["path"], *config["domains"]]
+    tasks = {
+        task: [f"{metric['metric']},none" for metric in PACK[task.removeprefix(PREFIX)]["metric_list"]]
+        for task in config["tasks"]
+    }
+    assert read_gates(path, names_of_figures(domains, tasks, has_health=True))

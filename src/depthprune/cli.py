@@ -25,6 +25,10 @@ COMMANDS = {
         "score sites; writes JSON, CSV, PNG and a TensorBoard figure",
     ),
     "prune": ("depthprune.commands.prune:prune", "make a plan from influence or site names, and the pruned model"),
+    "evaluate": (
+        "depthprune.commands.evaluate:evaluate",
+        "score models beside the unpruned one, on tasks and text",
+    ),
     "curve": ("depthprune.commands.curve:curve", "held-out loss by how many sites go, for every metric of a table"),
     "ablate": ("depthprune.commands.ablate:ablate", "recover the same sites in several ways, on disjoint samples"),
     "generate": ("depthprune.commands.generate:generate", "write a model's own continuations, to train on"),
@@ -42,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; the process's own if not given.
 
     Returns:
-        The exit code: 0, 2 for anything that the user can mend, 130 and 143 for a run that was asked to stop.
+        The exit code: 0, 1 where a gate of `evaluate` fails, 2 for anything that the user can mend, 130 and 143 for a
+        run that was asked to stop.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -68,13 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from depthprune.nulls import refusing_nulls
 
             room, function = COMMANDS[command][0].split(":")
-            auto_cli(
+            code = auto_cli(
                 refusing_nulls(getattr(import_module(room), function)),
                 args=rest,
                 prog=f"depthprune {command}",
                 as_positional=False,
                 exit_on_error=False,
             )
+            return code if isinstance(code, int) else 0
         else:
             from depthprune.names import unknown_name
 

@@ -10,16 +10,16 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 
-def refusing_nulls(command: Callable[..., None]) -> Callable[..., None]:
+def refusing_nulls(command: Callable[..., int | None]) -> Callable[..., int | None]:
     """A command that refuses settings that are null where its type hints have no None, also in parts of settings."""
     hints = get_type_hints(command)
 
     @functools.wraps(command)
-    def checked(**settings: Any) -> None:
+    def checked(**settings: Any) -> int | None:
         for name in inspect.signature(command).parameters:
             if name in settings:
                 check_filled(name, settings[name], hints[name])
-        command(**settings)
+        return command(**settings)
 
     return checked
 

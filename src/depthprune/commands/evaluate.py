@@ -1,0 +1,203 @@
+"""``depthprune evaluate``: pruned models beside the unpruned one, on tasks and held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from depthprune.anatomy import unpruned_fingerprint
+from depthprune.configuration import as_data
+from depthprune.data.module import TextDataModule
+from depthprune.data.text import RoleShares, TextSource
+from depthprune.devices import start_fabric
+from depthprune.evaluation.cost import Timing, cost
+from depthprune.evaluation.domains import document_loss
+from depthprune.evaluation.gates import read_gates, verdicts
+from depthprune.evaluation.harness import Harness, TaskRunner
+from depthprune.evaluation.health import Health, probe
+from depthprune.evaluation.opened import UNPRUNED, Source, opened
+from depthprune.evaluation.results import RESULTS, figures, names_of_figures, open_results
+from depthprune.files import make_folder, only_writer, write_json, write_text
+from depthprune.loading import load
+from depthprune.progress import tracked
+from depthprune.report.evaluation import console_table, report
+
+Model = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+Parts = dict[tuple[str, str], Callable[[Model], dict[str, Any]]]
+
+
+def evaluate(
+    model: str,
+    output: str,
+    variants: dict[str, str] | None = None,
+    tasks: Sequence[str] = ("embedded_piqa", "embedded_openbookqa"),
+    harness: Harness = Harness(),  # noqa: B008 -- frozen
+    health: Health | None = Health(),  # noqa: B008 -- frozen
+    timing: Timing | None = Timing(),  # noqa: B008 -- frozen
+    text: TextSource = TextSource("xsum"),  # noqa: B008 -- frozen
+    domains: dict[str, TextSource] = {"quac": TextSource("quac")},  # noqa: B006, B008 -- not changed
+    calibration_sequences: int = 32,
+    test_sequences: int = 32,
+    sequence_length: int = 256,
+    batch_size: int = 4,
+    shares: RoleShares = RoleShares(),  # noqa: B008 -- frozen
+    seed: int = 0,
+    dtype: str = "auto",
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    accelerator: str = "auto",
+    gates: str | None = None,
+) -> int:
+    """Score models on tasks and held-out text, beside the unpruned one in one table.
+
+    A run that was stopped goes on with the same command.
+
+    Args:
+        model: the unpruned model: an embedded model's name, a hub name or a folder.
+        output: folder for evaluation.json and evaluation.md.
+        variants: what is compared with it, by a name of your own: the folder of a model, also one that
+            `depthprune prune` wrote; a plan.json, whose replacements are fitted to the text; or a checkpoint of
+            `depthprune fit`.
+        tasks: tasks of lm-evaluation-harness, and the embedded ones, which need no hub.
+        harness: how they are asked.
+        health: how what the models write by themselves is probed; not at all if null.
+        timing: how speed is measured; null leaves the cost out.
+        text: its fit role fits the replacements of a plan.json; its test role is the first domain.
+        domains: more texts to score, by name.
+        calibration_sequences: sequences that a plan.json is fitted to.
+        test_sequences: at most so many of each domain.
+        sequence_length: tokens of a sequence.
+        batch_size: sequences of a batch; the tasks have their own in harness.
+        shares: shares of the documents for the four roles.
+        seed: of the order of the text.
+        dtype: auto (as the unpruned model was saved), bfloat16, float16 or float32; of all models.
+        revision: branch, tag or commit of the model on the hub.
+        attn_implementation: as in transformers, such as eager.
+        accelerator: as in Lightning: auto, cpu, cuda.
+        gates: a YAML file of limits that every variant must keep; they can be changed without measuring anew.
+
+    Returns:
+        1 if a variant fails a gate, otherwise 0: the exit code.
+    """
+    config = as_data({name: value for name, value in locals().items() if name != "gates"})
+    sources = {name: Source.of(path) for name, path in (variants or {}).items()}
+    if UNPRUNED in sources:
+        raise ValueError(f"A variant cannot be named {UNPRUNED}, which is the model itself: choose another name.")
+    runner = TaskRunner(tasks, harness) if tasks else None
+    data = TextDataModule(
+        tokenizer=model,
+        revision=revision,
+        text=text,
+        domains=domains,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        calibration_sequences=calibration_sequences,
+        test_sequences=test_sequences,
+        shares=shares,
+        seed=seed,
+    )
+    limits = []
+    if gates is not None:
+        metrics = {name: runner.metrics(name) for name in runner.names} if runner else {}
+        limits = read_gates(gates, names_of_figures(list(data.domains), metrics, health is not None))
+    folder = make_folder(output)
+    with only_writer(folder, "evaluate"):
+        content = open_results(folder, config)
+        loaders = data.test_dataloader()
+        fabric = start_fabric(accelerator)
+        unpruned = load(model, revision=revision, dtype=dtype, attn_implementation=attn_implementation)
+        same = {"dtype": str(unpruned[0].dtype).removeprefix("torch."), "attn_implementation": attn_implementation}
+        torch.nn.Module.to(unpruned[0], fabric.device)
+        stands_on = {
+            "weights": unpruned_fingerprint(unpruned[0]).weights,
+            "text": {name: batches.fingerprint for name, batches in loaders.items()}
+            | {"calibration": data.calibration_dataloader().fingerprint},
+        }
+        if content.setdefault("stands_on", stands_on) != stands_on:
+            raise ValueError(
+                f"The model or the text changed since the evaluation in {folder} began: name another output."
+            )
+        parts: Parts = {("domains", name): partial(_domain, batches) for name, batches in loaders.items()}
+        if runner is not None:
+            parts |= {("tasks", name): partial(_task, runner, name) for name in runner.names}
+        if health is not None:
+            parts["health", "greedy text"] = partial(_health, health, _starts(data, health), content["variants"])
+        if timing is not None:
+            parts["cost", "speed"] = partial(_cost, timing)
+        for name, source in {UNPRUNED: None, **sources}.items():
+            measured = content["variants"].setdefault(name, {"domains": {}, "tasks": {}, "health": {}, "cost": {}})
+            missing = [part for part in parts if part[1] not in measured[part[0]]]
+            if not missing:
+                continue
+            print(f"Evaluating {name} on {', '.join(what for _, what in missing)}.", flush=True)
+            if source is None:
+                _measure(unpruned, missing, parts, measured, folder, content)
+                continue
+            fitted = partial(tracked, data.calibration_dataloader(), "Calibrating")
+            with opened(source, *unpruned, fitted, same) as variant:
+                _measure(variant, missing, parts, measured, folder, content)
+        said = verdicts(limits, figures(content), UNPRUNED)
+        write_text(folder / "evaluation.md", report(content, said))
+        Console().print(console_table(content))
+        for verdict in said:
+            if not verdict.passed:
+                print(
+                    f"{verdict.variant} fails the gate {verdict.gate.name!r} ({verdict.gate}): {verdict.figure:.3f}, "
+                    f"and {verdict.unpruned:.3f} of the unpruned model."
+                )
+        print(f"Wrote {RESULTS} and evaluation.md to {folder}.")
+    return int(any(not verdict.passed for verdict in said))
+
+
+def _measure(
+    model: Model,
+    missing: Sequence[tuple[str, str]],
+    parts: Parts,
+    measured: dict[str, Any],
+    folder: Path,
+    content: dict[str, Any],
+) -> None:
+    """Measure what is missing of a model, and save after each part."""
+    for kind, name in missing:
+        measured[kind][name] = parts[kind, name](model)
+        write_json(folder / RESULTS, content)
+
+
+def _domain(batches: Any, model: Model) -> dict[str, Any]:
+    return document_loss(model[0], tracked(batches, "Held-out loss"), batches.document_count).to_dict()
+
+
+def _task(runner: TaskRunner, name: str, model: Model) -> dict[str, Any]:
+    return runner.run(*model, name).to_dict()
+
+
+def _starts(data: TextDataModule, health: Health) -> torch.Tensor:
+    """The first tokens of the in-domain test sequences, ``(N, P)``.
+
+    Raises:
+        ValueError: there are not so many sequences, or they are not so long.
+    """
+    batches = next(iter(data.test_dataloader().values()))
+    ids = torch.cat([batch["input_ids"] for batch in batches])
+    if ids.shape[0] < health.prompts or ids.shape[1] < health.prompt_tokens:
+        raise ValueError(
+            f"The test text has {ids.shape[0]} sequences of {ids.shape[1]} tokens, and health asks for "
+            f"{health.prompts} prompts of {health.prompt_tokens}: set less there, or more test_sequences."
+        )
+    return ids[: health.prompts, : health.prompt_tokens]
+
+
+def _health(health: Health, starts: torch.Tensor, variants: Mapping[str, Any], model: Model) -> dict[str, Any]:
+    known = variants[UNPRUNED]["health"].get("greedy text")
+    scores, written = probe(*model, starts, health, torch.tensor(known["written"]) if known else None)
+    return {"scores": {name: values.tolist() for name, values in scores.items()}, "written": written.tolist()}
+
+
+def _cost(timing: Timing, model: Model) -> dict[str, Any]:
+    return dict(cost(model[0], timing))

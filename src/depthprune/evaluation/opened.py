@@ -1,0 +1,90 @@
+"""Models to evaluate: the unpruned one as it is, under a plan, with what was trained, or a folder of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from depthprune.head import Batch
+from depthprune.loading import load, load_tokenizer
+from depthprune.pruning import swapped
+from depthprune.recovery.closed_form import check_closed_form
+from depthprune.recovery.trained import install_trained, read_trained
+from depthprune.sites import PruningPlan
+from depthprune.surgery import check_plan, remove_slots
+
+UNPRUNED = "unpruned"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model to evaluate comes from, checked as far as that can be done without it.
+
+    Attributes:
+        path: a plan's JSON file, a checkpoint of ``depthprune fit``, or a model as :func:`depthprune.load` takes it.
+        plan: the plan of the first two.
+        trained: the checkpoint.
+    """
+
+    path: str
+    plan: PruningPlan | None = None
+    trained: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, path: str) -> Source:
+        """Open what can be opened at once.
+
+        Raises:
+            ValueError: the file cannot be read, its plan has to be trained first, or there is no such model or it has
+                no tokenizer.
+        """
+        if path.endswith(".json"):
+            plan = PruningPlan.load(path)
+            check_closed_form(plan)
+            return cls(path, plan)
+        if path.endswith(".ckpt"):
+            return cls(path, *read_trained(path))
+        load_tokenizer(path)
+        return cls(path)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether what stands in the removed sites is fitted to text when it is opened."""
+        bare = self.plan is None or all(removal.is_bare for removal in self.plan.removals)
+        return self.trained is None and not bare
+
+
+@contextmanager
+def opened(
+    source: Source,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Callable[[], Iterable[Batch]],
+    settings: Mapping[str, Any],
+) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+    """A model for the length of a block; the unpruned one is afterwards what it was.
+
+    Args:
+        source: what to open.
+        model: the unpruned model, which the plan of a source switches.
+        tokenizer: its tokenizer.
+        batches: gives text to fit replacements to.
+        settings: how a model of its own is loaded, as :func:`depthprune.load` names them.
+    """
+    if source.trained is not None:
+        install_trained(model, source.path, source.trained)
+        try:
+            yield model, tokenizer
+        finally:
+            remove_slots(model)
+    elif source.plan is not None:
+        check_plan(model, source.plan)
+        with swapped(model, source.plan, batches() if source.needs_text else None):
+            yield model, tokenizer
+    else:
+        own, its_tokenizer = load(source.path, **settings)
+        yield own.to(model.device), its_tokenizer  # type: ignore[arg-type]

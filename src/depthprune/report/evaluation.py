@@ -1,0 +1,224 @@
+"""The report of an evaluation: every model beside the unpruned one, on text and tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from depthprune.evaluation.domains import DomainLoss, Interval, is_quick
+from depthprune.evaluation.gates import Verdict
+from depthprune.evaluation.harness import TaskScores, short_name
+from depthprune.evaluation.opened import UNPRUNED
+from depthprune.report.markdown import escaped, starred
+from depthprune.report.markdown import table as markdown_table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model on one domain or task.
+
+    Attributes:
+        variant: the model's name.
+        loss: its loss on a domain.
+        gap: that loss, or the task's score, minus the unpruned model's; None for that model.
+        score: its mean score on a task.
+        error: the standard error of the score.
+    """
+
+    variant: str
+    gap: Interval | None
+    loss: DomainLoss | None = None
+    score: float | None = None
+    error: float | None = None
+
+
+def domain_rows(content: Mapping[str, Any]) -> Iterator[tuple[str, list[Row]]]:
+    """Every model on each domain."""
+    for domain in content["variants"][UNPRUNED]["domains"]:
+        losses = {name: DomainLoss.from_dict(found["domains"][domain]) for name, found in content["variants"].items()}
+        yield (
+            domain,
+            [
+                Row(name, None if name == UNPRUNED else loss.minus(losses[UNPRUNED]), loss=loss)
+                for name, loss in losses.items()
+            ],
+        )
+
+
+def task_rows(content: Mapping[str, Any]) -> Iterator[tuple[str, list[Row]]]:
+    """Every model on each metric of each task."""
+    for task, first in content["variants"][UNPRUNED]["tasks"].items():
+        found = {name: TaskScores.from_dict(about["tasks"][task]) for name, about in content["variants"].items()}
+        for metric in first["scores"]:
+            yield (
+                f"{task} {short_name(metric)}",
+                [
+                    Row(
+                        name,
+                        None if name == UNPRUNED else paired(scores.scores[metric], found[UNPRUNED].scores[metric]),
+                        score=scores.mean(metric),
+                        error=scores.standard_error(metric),
+                    )
+                    for name, scores in found.items()
+                ],
+            )
+
+
+def health_rows(content: Mapping[str, Any]) -> Iterator[tuple[str, list[Row]]]:
+    """Every model on each probe of what it writes."""
+    for part, first in content["variants"][UNPRUNED]["health"].items():
+        for probe in first["scores"]:
+            found = {
+                name: np.asarray(about["health"][part]["scores"][probe]) for name, about in content["variants"].items()
+            }
+            yield (
+                probe,
+                [
+                    Row(
+                        name,
+                        None if name == UNPRUNED else paired(scores, found[UNPRUNED]),
+                        score=float(scores.mean()),
+                        error=float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else float("nan"),
+                    )
+                    for name, scores in found.items()
+                ],
+            )
+
+
+COSTS = {
+    "parameters": ("parameters, M", 1e6),
+    "cache_bytes": ("cache, KB per token", 1e3),
+    "prefill_speed": ("prefill, tokens/s", 1.0),
+    "decode_speed": ("decode, tokens/s", 1.0),
+    "peak_bytes": ("peak memory, GB", 1e9),
+}
+"""What a model costs: the column's name, and the unit that it is in."""
+
+
+def cost_rows(content: Mapping[str, Any]) -> list[list[str]]:
+    """Of every model, what it costs, with the ratio to the unpruned model; one row for each, without its name."""
+    found = [about["cost"]["speed"] for about in content["variants"].values() if about["cost"]]
+    return [[_cost(here[name], found[0][name], unit) for name, (_, unit) in COSTS.items()] for here in found]
+
+
+def _cost(value: float | None, unpruned: float | None, unit: float) -> str:
+    if value is None or not unpruned:
+        return "–"
+    return f"{value / unit:,.1f} ({value / unpruned:.2f})"
+
+
+def paired(scores: np.ndarray, other: np.ndarray) -> Interval:
+    """One model's mean score minus another's on the same questions, with a 95% interval by the normal approximation.
+
+    Args:
+        scores: of each question, ``(N,)``.
+        other: the same of the other model.
+    """
+    gaps = scores - other
+    half = 1.96 * float(gaps.std(ddof=1)) / np.sqrt(len(gaps)) if len(gaps) > 1 else float("nan")
+    return Interval(float(gaps.mean()), float(gaps.mean() - half), float(gaps.mean() + half))
+
+
+def report(content: Mapping[str, Any], said: Sequence[Verdict] = ()) -> str:
+    """The results as Markdown.
+
+    Args:
+        content: the results.
+        said: what the gates say.
+    """
+    config = content["config"]
+    parts = [
+        f"# Evaluation: {escaped(config['model'])}",
+        "Differences are to the unpruned model on the same documents or questions, with 95% intervals: of losses by "
+        "bootstrap over documents, of scores by the normal approximation over questions; * where the interval excludes "
+        "0. Scores of tasks are those of lm-evaluation-harness, with their standard errors.",
+    ]
+    for domain, rows in domain_rows(content):
+        loss = rows[0].loss
+        assert loss is not None
+        parts.append(f"## {escaped(Path(domain).stem)}: {int(loss.tokens.sum())} tokens of {loss.documents} documents")
+        if is_quick(loss.documents, int(loss.tokens.sum())):
+            parts.append("This is a quick run: fewer than 200 documents or 50k tokens.")
+        body = [
+            [
+                escaped(row.variant),
+                f"{row.loss.loss:.3f}",
+                f"{row.loss.perplexity:.2f}",
+                f"{row.loss.bits_per_byte:.3f}",
+                "" if row.gap is None else starred(row.gap),
+            ]
+            for row in rows
+            if row.loss is not None
+        ]
+        header = ["model", "loss, nats/token", "perplexity", "bits per byte", "loss above the unpruned model"]
+        parts.append(markdown_table(header, body))
+    if tasks := list(task_rows(content)):
+        parts += ["## Tasks", _scores_table("task", tasks)]
+    if probes := list(health_rows(content)):
+        parts += [
+            "## Greedy text",
+            "repetition: share of runs of four tokens that the text had before; agreement: share of the tokens of the "
+            "unpruned model's text that the model too puts first; sums and brackets: share of small sums, and of lines "
+            "of brackets to be closed, that it gets right after four examples.",
+            _scores_table("probe", probes),
+        ]
+    if costs := cost_rows(content):
+        names = list(content["variants"])
+        parts += [
+            "## Cost",
+            "One sequence; in brackets the ratio to the unpruned model. Speeds are of this machine, with whatever else "
+            "it was doing.",
+            markdown_table(
+                ["model", *(column for column, _ in COSTS.values())],
+                [[escaped(name), *row] for name, row in zip(names, costs, strict=True)],
+            ),
+        ]
+    if said:
+        body = [
+            [escaped(verdict.variant), escaped(verdict.gate.name), escaped(verdict.gate), *_sides(verdict)]
+            for verdict in said
+        ]
+        header = ["model", "gate", "limit", "model's", "unpruned", ""]
+        parts += ["## Gates", markdown_table(header, body, words=3)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _sides(verdict: Verdict) -> list[str]:
+    return [f"{verdict.figure:.3f}", f"{verdict.unpruned:.3f}", "passed" if verdict.passed else "**failed**"]
+
+
+def console_table(content: Mapping[str, Any]) -> Table:
+    """The results for a terminal: a row for each domain and task, a column for each model."""
+    names = list(content["variants"])
+    table = Table(title="Loss (nats/token) and score", title_justify="left", box=None)
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    for domain, rows in domain_rows(content):
+        table.add_row(f"{Path(domain).stem} loss", *(f"{row.loss.loss:.3f}" for row in rows if row.loss is not None))
+    for task, rows in (*task_rows(content), *health_rows(content)):
+        table.add_row(task, *map(_score, rows))
+    columns = [column for column, _ in COSTS.values()]
+    for place, column in enumerate(columns):
+        cells = [row[place] for row in cost_rows(content)]
+        if any(cell != "–" for cell in cells):
+            table.add_row(column, *cells)
+    return table
+
+
+def _scores_table(what: str, found: Iterable[tuple[str, list[Row]]]) -> str:
+    body = [
+        [escaped(name), escaped(row.variant), _score(row), "" if row.gap is None else starred(row.gap)]
+        for name, rows in found
+        for row in rows
+    ]
+    return markdown_table([what, "model", "score", "minus the unpruned model"], body, words=2)
+
+
+def _score(row: Row) -> str:
+    return f"{row.score:.3f} ± {row.error:.3f}"
