@@ -52,6 +52,7 @@ LAYERS = [
         "evaluation.cost",
         "evaluation.domains",
         "evaluation.gates",
+        "evaluation.harness_model",
         "evaluation.health",
         "recovery.objectives",
         "recovery.prefix_cache",

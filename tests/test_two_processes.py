@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from depthprune.influence.table import InfluenceTable
+from depthprune.sites import PruningPlan
 from tests.command_line import (
     LENGTH,
     Workshop,
@@ -23,6 +25,7 @@ from tests.command_line import (
     scalars,
     write_config,
 )
+from tests.evaluation.test_harness import write_task
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -48,6 +51,35 @@ def test_scoring(workshop: Workshop, tmp_path: Path, strategy: str) -> None:
     assert two.provenance["tokens"] == 7 * LENGTH
     for metric in one.metrics:
         assert two[metric] == pytest.approx(one[metric], rel=1e-5)
+
+
+def test_evaluation(workshop: Workshop, tmp_path: Path) -> None:
+    """Questions, text and calibration are shared; every score stands once, in the order of the task."""
+    write_task(tmp_path / "tasks")
+    PruningPlan.of("block.2", "attention.4", replacement="emulated_update").save(tmp_path / "plan.json")
+    arguments: list[object] = [
+        "evaluate",
+        "--model",
+        workshop.model,
+        "--text.path",
+        workshop.text,
+        "--tasks",
+        "[colours]",
+    ]
+    arguments += ["--harness.include_path", tmp_path / "tasks", "--harness.batch_size", 2, "--sequence_length", LENGTH]
+    arguments += ["--variants", json.dumps({"pruned": str(tmp_path / "plan.json")})]
+    arguments += ["--test_sequences", 5, "--calibration_sequences", 4]
+    arguments += ["--health", '{"prompts": 3, "prompt_tokens": 6, "new_tokens": 8, "problems": 4}']
+    assert run(*arguments, "--output", tmp_path / "one") == 0
+    said = in_two_processes(*arguments, "--devices", 2, "--output", tmp_path / "two")
+    assert said.count("Wrote evaluation.json") == 1
+    one, two = (json.loads((tmp_path / name / "evaluation.json").read_text())["variants"] for name in ("one", "two"))
+    for name in ("unpruned", "pruned"):
+        assert two[name]["tasks"] == one[name]["tasks"]
+        assert two[name]["health"] == one[name]["health"]
+        for domain, sums in one[name]["domains"].items():
+            assert two[name]["domains"][domain]["nats"] == pytest.approx(sums["nats"], rel=1e-5)
+            assert two[name]["domains"][domain]["tokens"] == sums["tokens"]
 
 
 TEXT_METRICS = "[cosine, taylor, attention_entropy, angular, leave_one_out_loss, leave_one_out_logits]"

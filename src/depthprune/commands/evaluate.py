@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from depthprune.anatomy import unpruned_fingerprint
 from depthprune.configuration import as_data
+from depthprune.data.batches import Batches
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
@@ -52,6 +55,7 @@ def evaluate(
     revision: str | None = None,
     attn_implementation: str | None = None,
     accelerator: str = "auto",
+    devices: int = 1,
     gates: str | None = None,
 ) -> int:
     """Score models on tasks and held-out text, beside the unpruned one in one table.
@@ -80,12 +84,13 @@ def evaluate(
         revision: branch, tag or commit of the model on the hub.
         attn_implementation: as in transformers, such as eager.
         accelerator: as in Lightning: auto, cpu, cuda.
+        devices: processes, each with a whole model, which share the questions and the text.
         gates: a YAML file of limits that every variant must keep; they can be changed without measuring anew.
 
     Returns:
         1 if a variant fails a gate, otherwise 0: the exit code.
     """
-    config = as_data({name: value for name, value in locals().items() if name != "gates"})
+    config = as_data({name: value for name, value in locals().items() if name not in ("gates", "devices")})
     sources = {name: Source.of(path) for name, path in (variants or {}).items()}
     if UNPRUNED in sources:
         raise ValueError(f"A variant cannot be named {UNPRUNED}, which is the model itself: choose another name.")
@@ -106,11 +111,11 @@ def evaluate(
     if gates is not None:
         metrics = {name: runner.metrics(name) for name in runner.names} if runner else {}
         limits = read_gates(gates, names_of_figures(list(data.domains), metrics, health is not None))
-    folder = make_folder(output)
-    with only_writer(folder, "evaluate"):
-        content = open_results(folder, config)
+    fabric = start_fabric(accelerator, devices)
+    run = _Run(make_folder(output), fabric.is_global_zero)
+    with only_writer(run.folder, "evaluate") if run.is_first else nullcontext():
+        content = open_results(run.folder, config)
         loaders = data.test_dataloader()
-        fabric = start_fabric(accelerator)
         unpruned = load(model, revision=revision, dtype=dtype, attn_implementation=attn_implementation)
         same = {"dtype": str(unpruned[0].dtype).removeprefix("torch."), "attn_implementation": attn_implementation}
         torch.nn.Module.to(unpruned[0], fabric.device)
@@ -121,13 +126,14 @@ def evaluate(
         }
         if content.setdefault("stands_on", stands_on) != stands_on:
             raise ValueError(
-                f"The model or the text changed since the evaluation in {folder} began: name another output."
+                f"The model or the text changed since the evaluation in {run.folder} began: name another output."
             )
-        parts: Parts = {("domains", name): partial(_domain, batches) for name, batches in loaders.items()}
+        parts: Parts = {("domains", name): partial(_domain, run, batches) for name, batches in loaders.items()}
         if runner is not None:
             parts |= {("tasks", name): partial(_task, runner, name) for name in runner.names}
         if health is not None:
-            parts["health", "greedy text"] = partial(_health, health, _starts(data, health), content["variants"])
+            starts = _starts(next(iter(loaders.values())), health)
+            parts["health", "greedy text"] = partial(_health, health, starts, content["variants"])
         if timing is not None:
             parts["cost", "speed"] = partial(_cost, timing)
         for name, source in {UNPRUNED: None, **sources}.items():
@@ -135,62 +141,71 @@ def evaluate(
             missing = [part for part in parts if part[1] not in measured[part[0]]]
             if not missing:
                 continue
-            print(f"Evaluating {name} on {', '.join(what for _, what in missing)}.", flush=True)
-            if source is None:
-                _measure(unpruned, missing, parts, measured, folder, content)
-                continue
-            fitted = partial(tracked, data.calibration_dataloader(), "Calibrating")
-            with opened(source, *unpruned, fitted, same) as variant:
-                _measure(variant, missing, parts, measured, folder, content)
+            run.say(f"Evaluating {name} on {', '.join(what for _, what in missing)}.")
+            fitted = partial(run.tracked, data.calibration_dataloader(), "Calibrating")
+            with nullcontext(unpruned) if source is None else opened(source, *unpruned, fitted, same) as variant:
+                for kind, what in missing:
+                    measured[kind][what] = parts[kind, what](variant)
+                    run.save(content)
         said = verdicts(limits, figures(content), UNPRUNED)
-        write_text(folder / "evaluation.md", report(content, said))
-        Console().print(console_table(content))
+        if run.is_first:
+            write_text(run.folder / "evaluation.md", report(content, said))
+            Console().print(console_table(content))
         for verdict in said:
             if not verdict.passed:
-                print(
+                run.say(
                     f"{verdict.variant} fails the gate {verdict.gate.name!r} ({verdict.gate}): {verdict.figure:.3f}, "
                     f"and {verdict.unpruned:.3f} of the unpruned model."
                 )
-        print(f"Wrote {RESULTS} and evaluation.md to {folder}.")
+        run.say(f"Wrote {RESULTS} and evaluation.md to {run.folder}.")
     return int(any(not verdict.passed for verdict in said))
 
 
-def _measure(
-    model: Model,
-    missing: Sequence[tuple[str, str]],
-    parts: Parts,
-    measured: dict[str, Any],
-    folder: Path,
-    content: dict[str, Any],
-) -> None:
-    """Measure what is missing of a model, and save after each part."""
-    for kind, name in missing:
-        measured[kind][name] = parts[kind, name](model)
-        write_json(folder / RESULTS, content)
+@dataclass(frozen=True)
+class _Run:
+    """Where results go, and whether this is the process that writes and speaks.
+
+    Attributes:
+        folder: of the results.
+        is_first: whether this is the first of all processes.
+    """
+
+    folder: Path
+    is_first: bool
+
+    def say(self, line: str) -> None:
+        if self.is_first:
+            print(line, flush=True)
+
+    def save(self, content: dict[str, Any]) -> None:
+        if self.is_first:
+            write_json(self.folder / RESULTS, content)
+
+    def tracked(self, batches: Any, what: str) -> Iterable[Any]:
+        return tracked(batches, what) if self.is_first else batches
 
 
-def _domain(batches: Any, model: Model) -> dict[str, Any]:
-    return document_loss(model[0], tracked(batches, "Held-out loss"), batches.document_count).to_dict()
+def _domain(run: _Run, batches: Batches, model: Model) -> dict[str, Any]:
+    return document_loss(model[0], run.tracked(batches, "Held-out loss"), batches.document_count).to_dict()
 
 
 def _task(runner: TaskRunner, name: str, model: Model) -> dict[str, Any]:
     return runner.run(*model, name).to_dict()
 
 
-def _starts(data: TextDataModule, health: Health) -> torch.Tensor:
-    """The first tokens of the in-domain test sequences, ``(N, P)``.
+def _starts(batches: Batches, health: Health) -> torch.Tensor:
+    """The first tokens of the first sequences of a text, ``(N, P)``, the same in all processes.
 
     Raises:
         ValueError: there are not so many sequences, or they are not so long.
     """
-    batches = next(iter(data.test_dataloader().values()))
-    ids = torch.cat([batch["input_ids"] for batch in batches])
+    ids = batches.sequences["input_ids"]
     if ids.shape[0] < health.prompts or ids.shape[1] < health.prompt_tokens:
         raise ValueError(
             f"The test text has {ids.shape[0]} sequences of {ids.shape[1]} tokens, and health asks for "
             f"{health.prompts} prompts of {health.prompt_tokens}: set less there, or more test_sequences."
         )
-    return ids[: health.prompts, : health.prompt_tokens]
+    return ids[: health.prompts, : health.prompt_tokens].long()
 
 
 def _health(health: Health, starts: torch.Tensor, variants: Mapping[str, Any], model: Model) -> dict[str, Any]:

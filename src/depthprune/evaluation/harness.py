@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import warnings
@@ -119,7 +118,8 @@ class TaskRunner:
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> TaskScores:
         """Ask one task.
 
-        The model is left in its mode, and the generators of random numbers as they were.
+        The model is left in its mode, and the generators of random numbers as they were. In several processes each
+        asks its share, and all get all scores.
 
         Args:
             model: the model, as it is switched.
@@ -127,15 +127,11 @@ class TaskRunner:
             name: one of ``names``.
         """
         from lm_eval import evaluate
-        from lm_eval.models.huggingface import HFLM
+
+        from depthprune.evaluation.harness_model import ModelInMemory, from_first_process
 
         with isolate_rng(), evaluating(model), _quiet():
-            asked = HFLM(
-                pretrained=model,
-                tokenizer=copy.deepcopy(tokenizer),  # it is given a padding token
-                batch_size=self.harness.batch_size,
-                max_length=self.harness.max_length,
-            )
+            asked = ModelInMemory(model, tokenizer, self.harness.batch_size, self.harness.max_length)
             task = self._tasks[name]
             found: Any = evaluate(
                 lm=asked,
@@ -145,7 +141,8 @@ class TaskRunner:
                 log_samples=True,
             )
             task._instances = None  # they hold every request and its answer
-        return _scores(found, name)
+            scores = None if found is None else _scores(found, name)  # only the first process has what was found
+            return from_first_process(scores)
 
 
 def short_name(metric: str) -> str:
