@@ -22,6 +22,7 @@ from depthprune.report.evaluation import paired
 from depthprune.sites import PruningPlan
 from tests.command_line import LENGTH, STEPS, Workshop, refusal, run
 from tests.evaluation.test_harness import write_task
+from tests.tiny_models import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,9 @@ def test_gates(workshop: Workshop, tasks: Path, tmp_path: Path, capsys: pytest.C
     assert "Did you mean 'tasks/colours/acc'" in refusal(*asked, "--gates", limits)
 
 
-def test_refusals(workshop: Workshop, tasks: Path, tmp_path: Path) -> None:
+def test_refusals(workshop: Workshop, tasks: Path, fitted: Path, tmp_path: Path) -> None:
+    """Whatever is wrong is said before anything is measured."""
+
     def said(*flags: object, **variants: Path) -> str:
         return refusal(*command(workshop, tasks, tmp_path / "out", variants, *flags))
 
@@ -153,13 +156,20 @@ def test_refusals(workshop: Workshop, tasks: Path, tmp_path: Path) -> None:
     assert "There is no checkpoint" in said(a=tmp_path / "no.ckpt")
     assert "Unknown task 'colour'" in said("--tasks", "[colour]")
     assert "Unknown model" in said(a=Path("nothing"))
+    PruningPlan.of("block.9").save(tmp_path / "deep.json")
+    assert "block.9" in said(a=tmp_path / "deep.json")
+    model, tokenizer = load(workshop.model)
+    tokenizer.add_tokens(["another"])
+    save(model, tokenizer, tmp_path / "tokens")
+    assert "has another tokenizer" in said(a=tmp_path / "tokens")
+    save(tiny_model(vocab_size=320, seed=9), load(workshop.model)[1], tmp_path / "stranger")
+    checkpoint = fitted / "validated" / f"step={STEPS}.ckpt"
+    assert "trained on other weights" in said("--model", tmp_path / "stranger", a=checkpoint)
     (tmp_path / "bare").mkdir()
-    model, _ = load(workshop.model)
     model.save_pretrained(tmp_path / "bare")
     assert "Cannot load the tokenizer" in said(a=tmp_path / "bare")
     assert "health asks for 6 prompts of 6" in said("--health.prompts", 6)
-    shutil.rmtree(tmp_path / "out")
-    (tmp_path / "out").mkdir()
+    assert not (tmp_path / "out" / "evaluation.json").exists()
     (tmp_path / "out" / "evaluation.json").write_text("[]")
     assert "is no evaluation of this version" in said()
 

@@ -117,6 +117,8 @@ def evaluate(
         content = open_results(run.folder, config)
         loaders = data.test_dataloader()
         unpruned = load(model, revision=revision, dtype=dtype, attn_implementation=attn_implementation)
+        for named in sources.values():
+            named.check(*unpruned)
         same = {"dtype": str(unpruned[0].dtype).removeprefix("torch."), "attn_implementation": attn_implementation}
         torch.nn.Module.to(unpruned[0], fabric.device)
         stands_on = {

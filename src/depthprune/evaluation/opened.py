@@ -13,7 +13,7 @@ from depthprune.head import Batch
 from depthprune.loading import load, load_tokenizer
 from depthprune.pruning import swapped
 from depthprune.recovery.closed_form import check_closed_form
-from depthprune.recovery.trained import install_trained, read_trained
+from depthprune.recovery.trained import check_trained, install_trained, read_trained
 from depthprune.sites import PruningPlan
 from depthprune.surgery import check_plan, remove_slots
 
@@ -28,11 +28,13 @@ class Source:
         path: a plan's JSON file, a checkpoint of ``depthprune fit``, or a model as :func:`depthprune.load` takes it.
         plan: the plan of the first two.
         trained: the checkpoint.
+        tokenizer: of a model of its own.
     """
 
     path: str
     plan: PruningPlan | None = None
     trained: dict[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     @classmethod
     def of(cls, path: str) -> Source:
@@ -48,8 +50,23 @@ class Source:
             return cls(path, plan)
         if path.endswith(".ckpt"):
             return cls(path, *read_trained(path))
-        load_tokenizer(path)
-        return cls(path)
+        return cls(path, tokenizer=load_tokenizer(path))
+
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse what cannot be compared with the unpruned model.
+
+        Raises:
+            ValueError: the plan or what was trained does not belong to it, or the tokenizer is another one.
+        """
+        if self.trained is not None:
+            check_trained(model, self.path, self.trained)
+        elif self.plan is not None:
+            check_plan(model, self.plan)
+        elif self.tokenizer is not None and self.tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"{self.path} has another tokenizer than {model.name_or_path}, so that their losses cannot be "
+                "compared: evaluate it as a model of its own."
+            )
 
     @property
     def needs_text(self) -> bool:
@@ -69,7 +86,7 @@ def opened(
     """A model for the length of a block; the unpruned one is afterwards what it was.
 
     Args:
-        source: what to open.
+        source: what to open, checked.
         model: the unpruned model, which the plan of a source switches.
         tokenizer: its tokenizer.
         batches: gives text to fit replacements to.
@@ -82,7 +99,6 @@ def opened(
         finally:
             remove_slots(model)
     elif source.plan is not None:
-        check_plan(model, source.plan)
         with swapped(model, source.plan, batches() if source.needs_text else None):
             yield model, tokenizer
     else:

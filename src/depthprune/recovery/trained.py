@@ -27,6 +27,28 @@ def read_trained(path: Path | str) -> tuple[PruningPlan, dict[str, Any]]:
     return PruningPlan.from_dict(trained["depthprune"]["plan"], str(path)), trained
 
 
+def check_trained(model: PreTrainedModel, path: Path | str, trained: dict[str, Any]) -> PruningPlan:
+    """The plan of a checkpoint, which belongs to a model.
+
+    Args:
+        model: the unpruned model.
+        path: the checkpoint's, for messages.
+        trained: the checkpoint.
+
+    Raises:
+        ValueError: the plan does not fit the model, or its weights are others than those that were trained on.
+    """
+    plan = PruningPlan.from_dict(trained["depthprune"]["plan"], str(path))
+    check_plan(model, plan)
+    weights = trained["depthprune"].get("base_weights")
+    if weights and weights != unpruned_fingerprint(model).weights:
+        raise ValueError(
+            f"The replacements of {path} were trained on other weights than those of {model.name_or_path}: name the "
+            "model that they were trained on."
+        )
+    return plan
+
+
 def install_trained(
     model: PreTrainedModel, path: Path | str, trained: dict[str, Any], interpolation: float | None = None
 ) -> PruningPlan:
@@ -42,21 +64,13 @@ def install_trained(
         The plan.
 
     Raises:
-        ValueError: the plan does not fit the model, whose weights are others; or the checkpoint lacks parts.
+        ValueError: as :func:`check_trained`; or the checkpoint lacks parts of the replacements.
     """
-    ours = trained["depthprune"]
-    plan = PruningPlan.from_dict(ours["plan"], str(path))
-    check_plan(model, plan)
-    weights = ours.get("base_weights")
-    if weights and weights != unpruned_fingerprint(model).weights:
-        raise ValueError(
-            f"The replacements of {path} were trained on other weights than those of {model.name_or_path}: name the "
-            "model that they were trained on."
-        )
+    plan = check_trained(model, path, trained)
     install_slots(model, plan)
     _take(model, trained["state_dict"])
     if interpolation is not None:
-        pull(model, ours["start_weights"], 1 - interpolation)
+        pull(model, trained["depthprune"]["start_weights"], 1 - interpolation)
     return plan
 
 
