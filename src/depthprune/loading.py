@@ -94,7 +94,8 @@ def load(
             "one that keeps them in memory, such as cpu."
         )
     if str(name) in MODELS:
-        model.config._name_or_path = str(name)  # run cards and saved configs name the model, not this machine's cache
+        # Run cards and messages name the model, not this machine's cache.
+        model.name_or_path = model.config._name_or_path = str(name)
     warn_of_slow_dtype(model)
     return model.eval(), load_tokenizer(name, revision=revision)
 
