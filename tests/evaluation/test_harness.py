@@ -166,6 +166,12 @@ def test_unknown_tasks_and_missing_data(tasks: Path, tmp_path: Path) -> None:
         TaskRunner(["colours"], Harness(include_path=str(folder)))
 
 
+def test_answers_that_do_not_fit(workshop: Workshop, tasks: Path) -> None:
+    model, tokenizer = load(workshop.model)
+    with pytest.raises(ValueError, match=r"colours cannot be asked with harness\.max_length=2"):
+        TaskRunner(["colours"], Harness(max_length=2, include_path=str(tasks))).run(model, tokenizer, "colours")
+
+
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(ValueError, match=r"pip install 'depthprune\[eval\]'"):

@@ -125,6 +125,9 @@ class TaskRunner:
             model: the model, as it is switched.
             tokenizer: its tokenizer, which stays as it is.
             name: one of ``names``.
+
+        Raises:
+            ValueError: an answer does not fit into ``max_length``.
         """
         from lm_eval import evaluate
 
@@ -133,13 +136,20 @@ class TaskRunner:
         with isolate_rng(), evaluating(model), _quiet():
             asked = ModelInMemory(model, tokenizer, self.harness.batch_size, self.harness.max_length)
             task = self._tasks[name]
-            found: Any = evaluate(
-                lm=asked,
-                task_dict={"tasks": {name: task}, "groups": {}, "group_map": {}},
-                limit=self.harness.limit,
-                bootstrap_iters=0,
-                log_samples=True,
-            )
+            try:
+                found: Any = evaluate(
+                    lm=asked,
+                    task_dict={"tasks": {name: task}, "groups": {}, "group_map": {}},
+                    limit=self.harness.limit,
+                    bootstrap_iters=0,
+                    log_samples=True,
+                )
+            except AssertionError as error:  # of the harness, where an answer is longer than what the model may read
+                reason = " ".join(str(error).split()) or "an answer does not fit"
+                raise ValueError(
+                    f"The task {name} cannot be asked with harness.max_length={self.harness.max_length} ({reason}): "
+                    "raise it, or leave it out for the model's own limit."
+                ) from error
             task._instances = None  # they hold every request and its answer
             scores = None if found is None else _scores(found, name)  # only the first process has what was found
             return from_first_process(scores)
