@@ -166,6 +166,17 @@ def test_unknown_tasks_and_missing_data(tasks: Path, tmp_path: Path) -> None:
         TaskRunner(["colours"], Harness(include_path=str(folder)))
 
 
+def test_models_are_given_the_same_shots(workshop: Workshop, tmp_path: Path) -> None:
+    """Shots that are drawn at random are drawn anew from the same seed for every model."""
+    folder = write_task(tmp_path)
+    files = {"test": str(folder / "colours.jsonl"), "dev": str(folder / "colours.jsonl")}
+    write_task(folder, fewshot_split="dev", num_fewshot=1, dataset_kwargs={"data_files": files})
+    model, tokenizer = load(workshop.model)
+    runner = TaskRunner(["colours"], Harness(include_path=str(folder)))
+    first = runner.run(model, tokenizer, "colours").to_dict()
+    assert all(runner.run(model, tokenizer, "colours").to_dict() == first for _ in range(3))
+
+
 def test_answers_that_do_not_fit(workshop: Workshop, tasks: Path) -> None:
     model, tokenizer = load(workshop.model)
     with pytest.raises(ValueError, match=r"colours cannot be asked with harness\.max_length=2"):

@@ -69,4 +69,4 @@ def test_scores_are_those_of_the_harness_itself(name: str, tmp_path: Path) -> No
     samples = sorted(map(json.loads, file.read_text().splitlines()), key=lambda sample: sample["doc_id"])
     for metric, scores in found.scores.items():
         assert scores.tolist() == [sample[metric.partition(",")[0]] for sample in samples]
-    assert list(found.questions) == [sample["doc_hash"] for sample in samples]
+    assert list(found.questions) == [sample["prompt_hash"] for sample in samples]

@@ -28,7 +28,7 @@ class TaskScores:
 
     Attributes:
         scores: by metric, in lm-evaluation-harness's form (``"acc,none"``), the score of each question, ``(N,)`` fp64.
-        questions: a hash of each question, in the same order.
+        questions: a hash of each prompt, shots included, in the same order.
         version: the task's own version.
     """
 
@@ -130,12 +130,14 @@ class TaskRunner:
             ValueError: an answer does not fit into ``max_length``.
         """
         from lm_eval import evaluate
+        from lm_eval.defaults import DEFAULT_OTHER_SEED
 
         from depthprune.evaluation.harness_model import ModelInMemory, from_first_process
 
         with isolate_rng(), evaluating(model), _quiet():
             asked = ModelInMemory(model, tokenizer, self.harness.batch_size, self.harness.max_length)
             task = self._tasks[name]
+            task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # as its command line does; else every model gets other shots
             try:
                 found: Any = evaluate(
                     lm=asked,
@@ -230,7 +232,7 @@ def _scores(found: Mapping[str, Any], name: str) -> TaskScores:
     scores: dict[str, list[float]] = {}
     questions: dict[int, str] = {}
     for sample in samples:
-        questions[sample["doc_id"]] = sample["doc_hash"]
+        questions[sample["doc_id"]] = sample["prompt_hash"]
         for metric in sample["metrics"]:
             value = sample[metric]
             if isinstance(value, bool | int | float | np.number):
