@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from depthprune.head import evaluating, input_device
 
+PROBES = ("repetition", "agreement", "sums", "brackets")
 NGRAM = 4
 SHOTS = 4
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
@@ -72,12 +73,13 @@ def probe(
     """
     padding = int(_padding_left(tokenizer).pad_token_id)
     written = continuations(model, starts, health.new_tokens, padding)
-    return {
-        "repetition": repetition(written),
-        "agreement": agreement(model, starts, written if unpruned is None else unpruned),
-        "sums": solved(model, tokenizer, sums(health.problems, health.seed)),
-        "brackets": solved(model, tokenizer, brackets(health.problems, health.seed)),
-    }, written
+    scores = (
+        repetition(written),
+        agreement(model, starts, written if unpruned is None else unpruned),
+        solved(model, tokenizer, sums(health.problems, health.seed)),
+        solved(model, tokenizer, brackets(health.problems, health.seed)),
+    )
+    return dict(zip(PROBES, scores, strict=True)), written
 
 
 def continuations(model: PreTrainedModel, starts: Tensor, new_tokens: int, padding: int) -> Tensor:

@@ -93,8 +93,8 @@ def opened(
         settings: how a model of its own is loaded, as :func:`depthprune.load` names them.
     """
     if source.trained is not None:
-        install_trained(model, source.path, source.trained)
         try:
+            install_trained(model, source.path, source.trained)
             yield model, tokenizer
         finally:
             remove_slots(model)

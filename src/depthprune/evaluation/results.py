@@ -11,12 +11,12 @@ import numpy as np
 from depthprune.configuration import check_config
 from depthprune.evaluation.domains import DomainLoss
 from depthprune.evaluation.harness import TaskScores, short_name
+from depthprune.evaluation.health import PROBES
 from depthprune.files import read_json
 
 RESULTS = "evaluation.json"
 VERSION = 1
 OF_DOMAIN = ("loss", "perplexity", "bits_per_byte")
-PROBES = ("repetition", "agreement", "sums", "brackets")
 
 
 def open_results(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
