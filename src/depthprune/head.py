@@ -79,6 +79,20 @@ def predicted_mask(batch: Batch) -> Tensor:
     return counts & (batch["position_ids"][:, 1:] > 0) if "position_ids" in batch else counts
 
 
+def some_positions(mask: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:
+    """A random subset of each row's True entries: a share of them, and at least one where there is any.
+
+    Args:
+        mask: bool, ``(B, N)``.
+        share: over 0 and up to 1.
+        generator: a CPU generator that draws them; torch's own if not given.
+    """
+    keys = torch.rand(mask.shape, generator=generator).to(mask.device).masked_fill(~mask, 2.0)
+    places = keys.argsort(1).argsort(1)  # each entry's place in a random order, the True ones first
+    wanted = (mask.sum(1) * share).round().clamp_min(1).long()
+    return mask & (places < wanted[:, None])
+
+
 def token_losses(model: PreTrainedModel, batch: Batch, hidden: Tensor | None = None) -> Tensor:
     """Cross-entropy in nats of every next token, ``(B, T - 1)`` fp32; padding included (see :func:`predicted_mask`).
 

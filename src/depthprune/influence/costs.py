@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from depthprune.head import Batch, logits_of, plain_head, predicted_mask, row_losses
+from depthprune.head import Batch, logits_of, plain_head, predicted_mask, row_losses, some_positions
 from depthprune.influence.distance import LogitDistance
 
 COSTS = ("loss", "logits")
@@ -46,7 +46,7 @@ def text_cost(
     """
     mask = predicted_mask(batch)
     counts = mask.sum(1)
-    chosen = mask if positions == 1.0 else _some(mask, positions, generator)
+    chosen = mask if positions == 1.0 else some_positions(mask, positions, generator)
     weights = (counts / chosen.sum(1).clamp_min(1)).double()
     everywhere, picked = mask.nonzero()[:, 0], chosen[mask]
     targets = batch["input_ids"][:, 1:][mask]
@@ -97,11 +97,3 @@ def _slopes(model: PreTrainedModel, rows: Tensor, targets: Tensor) -> Tensor | N
             loss = functional.cross_entropy(logits_of(model, point).float(), their, reduction="sum")
         slopes.append(torch.autograd.grad(loss, point)[0].float())
     return torch.cat(slopes)
-
-
-def _some(mask: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """A random subset of each row's True entries: a share of them, and at least one where there is any."""
-    keys = torch.rand(mask.shape, generator=generator).to(mask.device).masked_fill(~mask, 2.0)
-    places = keys.argsort(1).argsort(1)  # each entry's place in a random order, the True ones first
-    wanted = (mask.sum(1) * share).round().clamp_min(1).long()
-    return mask & (places < wanted[:, None])

@@ -66,6 +66,8 @@ class RecoveryModule(ReplacementCheckpoints):
             weights, such as ``{"logit_distillation": 1.0, "language_modelling": 0.1}``.
         distillation: options of the objective ``logit_distillation``.
         matching: options of the objective ``hidden_matching``.
+        positions: the share of each sequence's predicted tokens, drawn anew in each step, at which objectives of logits
+            are taken: the head is a large part of a small model.
         prefix_cache: a folder where the streams before the first removed block are kept, for later runs with the same
             base and the same batches, which then need not run those blocks: ``B T D`` numbers of the stream's dtype
             for each batch.
@@ -93,6 +95,7 @@ class RecoveryModule(ReplacementCheckpoints):
         objective: dict[str, float] | str = "language_modelling",
         distillation: Distillation = Distillation(),  # noqa: B008 -- frozen
         matching: Matching = Matching(),  # noqa: B008 -- frozen
+        positions: float = 1.0,
         prefix_cache: str | None = None,
         dtype: str = "auto",
         revision: str | None = None,
@@ -105,7 +108,7 @@ class RecoveryModule(ReplacementCheckpoints):
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
-        self.objective = Objective.of(objective, distillation=distillation, matching=matching)
+        self.objective = Objective.of(objective, distillation=distillation, matching=matching, positions=positions)
         if options and replacement is None:
             raise ValueError("Options belong to a replacement: set model.replacement too.")
         self.save_hyperparameters(ignore=["optimizer", "scheduler", "fitting", "distillation", "matching"])

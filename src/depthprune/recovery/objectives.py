@@ -125,11 +125,13 @@ class Objective:
         weights: of each, by name.
         distillation: options of ``logit_distillation``.
         matching: options of ``hidden_matching``.
+        positions: the share of each sequence's predicted tokens, drawn anew in each step, whose logits are made.
     """
 
     weights: Mapping[str, float]
     distillation: Distillation = field(default_factory=Distillation)
     matching: Matching = field(default_factory=Matching)
+    positions: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.weights:
@@ -139,6 +141,8 @@ class Objective:
                 raise unknown_name("objective", name, OBJECTIVES)
             if not 0 < weight < math.inf:
                 raise ValueError(f"The objective {name} has the weight {weight}: give a number above 0.")
+        if not 0 < self.positions <= 1:
+            raise ValueError(f"positions is {self.positions}: choose a share over 0 and up to 1 of the tokens.")
 
     @classmethod
     def of(cls, named: str | Mapping[str, float], **options: Any) -> Objective:
@@ -172,6 +176,8 @@ class Objective:
             found |= {f"distillation.{name}": value for name, value in asdict(self.distillation).items()}
         if "hidden_matching" in self.weights:
             found |= {f"matching.{name}": value for name, value in asdict(self.matching).items()}
+        if self.of_logits and self.positions < 1:
+            found["positions"] = self.positions
         return found
 
 

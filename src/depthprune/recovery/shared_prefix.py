@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from depthprune.anatomy import Anatomy
-from depthprune.head import Batch, evaluating, logits_of, predicted_mask, weighted_losses
+from depthprune.head import Batch, evaluating, logits_of, predicted_mask, some_positions, weighted_losses
 from depthprune.recovery.carried import Call, run_block, stream_before
 from depthprune.recovery.objectives import (
     Objective,
@@ -158,7 +158,8 @@ def _of_logits(
         hidden: what the pruned model's head gets, ``(B, T, D)``.
         unpruned: what the unpruned model's head gets, if it was run.
     """
-    counts = predicted_mask(batch).to(hidden.device)
+    mask = predicted_mask(batch)
+    counts = (mask if objective.positions == 1 else some_positions(mask, objective.positions)).to(hidden.device)
     targets = batch["input_ids"][:, 1:].to(hidden.device)[counts]
     its_rows = None if unpruned is None else unpruned[:, :-1][counts]
 

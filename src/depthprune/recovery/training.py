@@ -46,6 +46,7 @@ class Training:
         objective: what is minimised, as in RecoveryModule: a name, or several with their weights.
         distillation: options of ``logit_distillation``.
         matching: options of ``hidden_matching``.
+        positions: the share of each sequence's tokens at which objectives of logits are taken in a step.
         documents: train on only so many documents, again and again; all of the text's if not given.
         strategy: which replacements are trained when: a name from ``depthprune.recovery.stages.STRATEGIES``.
         decay_to_start: after each step, weights go so much times the learning rate of the way back to their start.
@@ -60,6 +61,7 @@ class Training:
     objective: dict[str, float] | str = "language_modelling"
     distillation: Distillation = field(default_factory=Distillation)
     matching: Matching = field(default_factory=Matching)
+    positions: float = 1.0
     documents: int | None = None
     strategy: str = "joint"
     decay_to_start: float = 0.0
@@ -87,7 +89,8 @@ class Training:
         self._objective()
 
     def _objective(self) -> Objective:
-        return Objective.of(self.objective, distillation=self.distillation, matching=self.matching)
+        options = {"distillation": self.distillation, "matching": self.matching, "positions": self.positions}
+        return Objective.of(self.objective, **options)
 
     @property
     def imitates(self) -> bool:
@@ -206,6 +209,7 @@ def module_of(
         objective=training.objective,
         distillation=training.distillation,
         matching=training.matching,
+        positions=training.positions,
         optimizer=training.optimizer,
         scheduler=training.scheduler,
         control=control,
