@@ -119,6 +119,7 @@ def test_behind_the_last_removal_the_end_is_matched() -> None:
         (lambda: Distillation(direction="backward"), "Unknown direction of distillation 'backward'"),
         (lambda: Distillation(temperature=0.0), "temperature is 0.0: give a number above 0"),
         (lambda: Distillation(top_k=1), "top_k is 1: give 2 or more"),
+        (lambda: Objective.of("language_modelling", positions=1.2), "positions is 1.2: choose a share"),
         (lambda: Matching("removal"), "Did you mean 'removals'"),
     ],
 )

@@ -134,6 +134,25 @@ def test_equals_two_whole_forwards(family: str, name: str) -> None:
         assert_same(model, batch, name, None)
 
 
+def test_a_share_of_the_positions_is_unbiased_and_makes_only_their_logits() -> None:
+    model = pruned().eval()  # without dropout
+    batch, weights = tiny_batch("left"), {"logit_distillation": 1.0, "language_modelling": 0.3}
+    rows: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+    every = objective_losses(model, PLAN, batch, Objective.of(weights)).total
+    counts = predicted_mask(batch).sum(1)
+    assert sum(rows) == 2 * int(counts.sum())  # of the pruned and the unpruned model
+    rows.clear()
+    torch.manual_seed(5)
+    drawn = [objective_losses(model, PLAN, batch, Objective.of(weights, positions=0.3)).total for _ in range(600)]
+    assert sum(rows) == 600 * 2 * int((counts * 0.3).round().sum())
+    found = torch.stack(drawn)
+    # each sequence gives the same share of its tokens, up to rounding: a mean of the sequences' means
+    assert abs(float((found.mean() - every).detach())) < 4 * float(found.detach().std()) / 600**0.5
+    wanted, mean = gradients(model, every), gradients(model, found.mean())
+    assert all(float((a - b).norm()) < 0.15 * float(a.norm()) for a, b in zip(wanted, mean, strict=True) if a.any())
+
+
 @pytest.mark.parametrize("name", ["forward", "removals", "mixture"])
 def test_gradient_checkpointing_changes_no_number(name: str) -> None:
     model = pruned()

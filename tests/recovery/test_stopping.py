@@ -102,6 +102,7 @@ def test_killed_at_ten_random_steps(workshop: Workshop, tmp_path: Path, whole: P
     "settings",
     [
         {"objective": "logit_distillation"},
+        {"objective": {"logit_distillation": 1.0, "language_modelling": 0.5}, "positions": 0.3},
         {"objective": "logit_distillation", "distillation": {"direction": "reverse", "temperature": 2.0, "top_k": 9}},
         {"objective": "hidden_matching"},
         {"objective": {"hidden_matching": 2.0, "language_modelling": 0.1}, "matching": {"at": "next_kept"}},
