@@ -86,7 +86,7 @@ LAYERS = [
     {"influence.iterative", "recovery.figures"},
     {"influence.registry"},
     {"influence.estimate"},
-    {"data.module", "pruning", "recovery.module", "evaluation.curve"},
+    {"data.module", "pruning", "recovery.module", "evaluation.curve", "evaluation.figures"},
     {"recovery.cli", "recovery.trained", "evaluation.task_pack", "callbacks.monitor", "callbacks.recorder"},
     {"callbacks.forgetting", "evaluation.harness", "evaluation.opened"},
     {"evaluation.results", "callbacks.overfitting", "callbacks.agreement", "callbacks.updates", "callbacks.run_card"},
@@ -95,7 +95,7 @@ LAYERS = [
     {"recovery.ablations"},
     {"recovery.ablation_file"},
     {"report.results", "report.markdown"},
-    {"report.findings", "report.evaluation", "figures", "report.ablation", "study_file"},
+    {"report.findings", "report.evaluation", "report.curve", "figures", "report.ablation", "study_file"},
     {"report.sections", "report.sweeps"},
     {"report.render", "report.plans"},
     {

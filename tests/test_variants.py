@@ -11,6 +11,7 @@ from torch import nn
 
 from depthprune.head import evaluating
 from depthprune.pruning import prune, swapped
+from depthprune.replacements.constants import EmulatedUpdate
 from depthprune.sites import PruningPlan, Site
 from depthprune.surgery import slots
 from depthprune.variants import record, run_variants, switchable
@@ -55,6 +56,34 @@ def test_every_variant_equals_one_made_by_hand(family: str, attention: str, pad:
         torch.testing.assert_close(seen[place][keep], wanted[keep], rtol=1e-5, atol=1e-5, msg=str(group))
     assert not slots(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_stands_in_absent_sites_equals_updates_made_by_hand(family: str) -> None:
+    model, batch = tiny_model(family), tiny_batch("left")
+    names, generator = random_variants(6, seed=FAMILIES.index(family)), torch.Generator().manual_seed(1)
+    width, constants, standing = model.config.hidden_size, {}, {}
+    for site in (Site(index, kind) for index in range(BLOCKS) for kind in ("block", "attention", "mlp")):
+        if site != Site(2, "mlp"):  # with nothing in its place
+            constants[str(site)] = torch.randn(width, generator=generator)
+            standing[site] = EmulatedUpdate(width, scale=0.5)
+            standing[site].calibrate(constants[str(site)])
+    with evaluating(model), switchable(model):
+        recording = record(model, batch)
+        bare = dict(run_variants(recording.again(), variants_of(names)))
+        seen = dict(run_variants(recording.again(), variants_of(names), standing))
+        again = dict(run_variants(recording, variants_of(names)))  # nothing is left standing
+    keep = batch["attention_mask"].bool()
+    assert all(torch.equal(bare[place][keep], again[place][keep]) for place in bare)
+    for place, group in enumerate(names):
+        updates = {
+            name: (lambda read, name=name: (0.5 * constants[name]).expand_as(read)) if name in constants else NOTHING
+            for name in group
+        }
+        with torch.no_grad():
+            wanted = without(model, updates).get_decoder()(**batch, use_cache=False).last_hidden_state
+        torch.testing.assert_close(seen[place][keep], wanted[keep], rtol=1e-5, atol=1e-5, msg=str(group))
+    assert not slots(model)
 
 
 def calls_of(model: nn.Module, names: list[list[str]]) -> int:

@@ -7,7 +7,7 @@ about a family is implemented again here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +17,15 @@ from transformers import PreTrainedModel
 
 from depthprune.anatomy import Anatomy
 from depthprune.head import Batch, hidden_states
+from depthprune.replacements.base import Replacement
 from depthprune.sites import Site
 from depthprune.surgery import Slot, make_slots, open_slots, remove_slots
 
 Absent = frozenset[Site]
-"""A variant by the sites that are absent from it; with nothing in their place."""
+"""A variant by the sites that are absent from it."""
+
+Standing = Mapping[Site, Replacement]
+"""What stands in a site wherever it is absent; nothing in those that are not named."""
 
 Choice = frozenset[str]
 """The kinds of site that are absent at one block."""
@@ -65,6 +69,10 @@ class Recording:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     hidden: Tensor
 
+    def again(self) -> Recording:
+        """The same pass, for one more call of :func:`run_variants`."""
+        return Recording(self.model, list(self.streams), self.calls, self.hidden)
+
 
 def record(model: PreTrainedModel, batch: Batch) -> Recording:
     """Run the trunk once and keep what every block got."""
@@ -88,28 +96,33 @@ def record(model: PreTrainedModel, batch: Batch) -> Recording:
     return Recording(model, streams, calls, hidden)
 
 
-def run_variants(recording: Recording, variants: Sequence[Absent]) -> Iterator[tuple[int, Tensor]]:
+def run_variants(
+    recording: Recording, variants: Sequence[Absent], standing: Standing | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """Run variants of a recorded model on its batch, each distinct prefix once.
 
     At most the recording's streams and, besides, one stream for each halving of the variants are held at a time. The
-    recording's streams are given up along the way: it serves one call.
+    recording's streams are given up along the way: it serves one call (see :meth:`Recording.again`).
 
     Args:
         recording: see :func:`record`; its model has to be :func:`switchable`.
         variants: which sites are absent; all of them may be.
+        standing: what stands in them.
 
     Yields:
         A variant's place in ``variants`` and its normed last hidden states ``(B, T, D)``, in the order of the tree.
     """
     anatomy = Anatomy.of(recording.model)
-    choices = [_choices(anatomy, absent) for absent in variants]
-    yield from _descend(recording, anatomy, choices, list(range(len(variants))), 0, None)
+    there = dict(standing or {})
+    choices = [_choices(anatomy, absent, there) for absent in variants]
+    yield from _descend(recording, anatomy, choices, there, list(range(len(variants))), 0, None)
 
 
 def _descend(
     recording: Recording,
     anatomy: Anatomy,
     choices: Sequence[Sequence[Choice]],
+    standing: Standing,
     members: list[int],
     depth: int,
     stream: Tensor | None,
@@ -120,6 +133,7 @@ def _descend(
         recording: the recorded pass.
         anatomy: its model.
         choices: of every variant, what is absent at each block.
+        standing: what stands there.
         members: the variants to run.
         depth: where in the list of blocks they stand.
         stream: the stream there; None while it is that of the recording.
@@ -133,9 +147,9 @@ def _descend(
             groups.items(), key=lambda group: (len(group[1]), stream is None and group[0] == WHOLE)
         )
         for choice, group in others:
-            after = _after(recording, anatomy, place, choice, stream)
-            yield from _descend(recording, anatomy, choices, group, place + 1, after)
-        stream = _after(recording, anatomy, place, last, stream)
+            after = _after(recording, anatomy, place, choice, standing, stream)
+            yield from _descend(recording, anatomy, choices, standing, group, place + 1, after)
+        stream = _after(recording, anatomy, place, last, standing, stream)
         if stream is None:
             recording.streams[place] = None
     hidden = recording.hidden if stream is None else anatomy.finish(stream)
@@ -143,17 +157,20 @@ def _descend(
         yield member, hidden
 
 
-def _after(recording: Recording, anatomy: Anatomy, place: int, choice: Choice, stream: Tensor | None) -> Tensor | None:
+def _after(
+    recording: Recording, anatomy: Anatomy, place: int, choice: Choice, standing: Standing, stream: Tensor | None
+) -> Tensor | None:
     """The stream after a block of which some part is absent; None for that of the recording."""
     if stream is None and choice == WHOLE:
         return None
     before = recording.streams[place] if stream is None else stream
     assert before is not None, "a recording serves one call of run_variants"
-    if choice == GONE:
-        return before
     sites = [Site(anatomy.kept_blocks[place], kind) for kind in choice]
+    if choice == GONE:
+        replacement = standing.get(sites[0])
+        return before if replacement is None else before + replacement(before)
     for site in sites:
-        _set(anatomy, site, "none")
+        _set(anatomy, site, "replacement", standing.get(site))
     try:
         args, kwargs = recording.calls[place]
         return anatomy.blocks[place](before, *args, **kwargs)
@@ -162,17 +179,23 @@ def _after(recording: Recording, anatomy: Anatomy, place: int, choice: Choice, s
             _set(anatomy, site, "original")
 
 
-def _choices(anatomy: Anatomy, absent: Absent) -> list[Choice]:
+def _choices(anatomy: Anatomy, absent: Absent, standing: Standing) -> list[Choice]:
     """What is absent from a variant at each block of the list."""
     kinds: dict[int, set[str]] = {}
     for site in absent:
         anatomy.module(site)  # refuses a site that the model does not have
         kinds.setdefault(site.index, set()).add(site.kind)
     found = [frozenset(kinds.get(index, ())) for index in anatomy.kept_blocks]
-    return [GONE if "block" in choice or len(choice) == 2 else choice for choice in found]
+    filled = {site.index for site in standing if site.kind != "block"}
+    return [
+        GONE if "block" in choice or (len(choice) == 2 and index not in filled) else choice
+        for index, choice in zip(anatomy.kept_blocks, found, strict=True)
+    ]
 
 
-def _set(anatomy: Anatomy, site: Site, position: str) -> None:
-    for module in anatomy.chain(site):
+def _set(anatomy: Anatomy, site: Site, position: str, replacement: Replacement | None = None) -> None:
+    for number, module in enumerate(anatomy.chain(site)):
         assert isinstance(module, Slot), f"{site} is not switchable"
         module.slot_position = position
+        if number == 0:
+            module.replacement = replacement

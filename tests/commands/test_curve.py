@@ -31,7 +31,7 @@ def table(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(workshop: Workshop, table: Path, folder: Path, *flags: object) -> list[object]:
     start = ["curve", "--model", workshop.model, "--influence", table, "--text.path", workshop.text]
-    return [*start, "--sequence_length", LENGTH, "--sequences", 6, "--output", folder, *flags]
+    return [*start, "--sequence_length", LENGTH, "--test_sequences", 6, "--output", folder, *flags]
 
 
 def test_losses_are_those_of_models_made_by_hand(
@@ -73,7 +73,7 @@ def test_a_stopped_run_of_another_sequence_length_is_not_gone_on_with(
 ) -> None:
     few = ["--remove", '{"block": [1]}', "--save_every", 1]
     assert killed_at_first_save(lambda: run(*command(workshop, table, tmp_path, *few))) == -signal.SIGKILL
-    assert run(*command(workshop, table, tmp_path, *few, "--sequence_length", LENGTH // 2, "--sequences", 12)) == 0
+    assert run(*command(workshop, table, tmp_path, *few, "--sequence_length", LENGTH // 2, "--test_sequences", 12)) == 0
     assert "Going on" not in capsys.readouterr().out  # though the tokens are the same
 
 

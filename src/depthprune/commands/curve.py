@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
-from rich.table import Table
+from transformers import PreTrainedModel
 
 from depthprune.anatomy import unpruned_fingerprint
-from depthprune.data.module import one_text
+from depthprune.data.batches import Batches
+from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
-from depthprune.evaluation.curve import UNPRUNED, first_sites, variant_losses
-from depthprune.evaluation.domains import Interval, is_quick
+from depthprune.evaluation.curve import NONE, PASS, UNPRUNED, Variant, emulated_updates, first_sites, variant_losses
+from depthprune.evaluation.domains import DomainLoss
+from depthprune.evaluation.figures import curve_figure
 from depthprune.figures import write_figures
 from depthprune.files import make_folder, only_writer, write_json, write_text
-from depthprune.influence.figures import curve_figure
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
+from depthprune.names import slug
 from depthprune.progress import tracked
-from depthprune.report.markdown import gap_text, starred
-from depthprune.report.markdown import table as markdown_table
+from depthprune.report.curve import console_table, curve_csv, curve_report
 from depthprune.saved_sums import SavedSums
 from depthprune.sites import PLURALS
+from depthprune.variants import Absent, Standing
 
-VERSION = 1
+VERSION = 2
+EMULATED = "emulated_update"
+
+Plans = Mapping[tuple[str, str, int], Absent]
 
 
 def curve(
@@ -36,35 +42,45 @@ def curve(
     influence: str,
     text: TextSource,
     output: str,
+    domains: dict[str, TextSource] | None = None,
     metrics: Sequence[str] | None = None,
     remove: dict[str, list[int]] = {"block": [3, 6, 10], "attention": [5, 10, 15]},  # noqa: B006 -- not changed
-    sequences: int = 32,
+    scales: Sequence[float] = (),
+    calibration_sequences: int = 32,
+    test_sequences: int = 32,
     sequence_length: int = 256,
     batch_size: int = 4,
     shares: RoleShares = RoleShares(),  # noqa: B008 -- frozen
+    seed: int = 0,
     dtype: str = "auto",
     revision: str | None = None,
+    attn_implementation: str | None = None,
     accelerator: str = "auto",
     save_every: int = 4,
 ) -> None:
     """Remove the first sites of every metric's order and measure the loss on held-out text; writes a report.
 
-    All variants are run with shared prefixes, with nothing in the removed places. Writes curve.json, curve.md,
-    curve.png and a TensorBoard figure.
+    All variants are run with shared prefixes, with nothing and with emulated updates in the removed places. Writes
+    curve.json, curve.csv, curve.md, curve.png and TensorBoard. A run that was stopped goes on with the same command.
 
     Args:
         model: an embedded model's name, a hub name or a folder.
         influence: influence.json of `depthprune influence`.
-        text: the text; its test role is used.
+        text: the text; its test role is the first domain, its fit role gives the mean updates.
         output: folder for the results.
+        domains: more texts to measure on, by name.
         metrics: which of the table's metrics; all if not given.
         remove: kind of site to the numbers of sites that go.
-        sequences: how many sequences to measure on.
+        scales: beside nothing, emulated updates (the mean of what each site adds) times each of these stand there.
+        calibration_sequences: how many sequences the mean updates are over.
+        test_sequences: how many sequences of each domain to measure on.
         sequence_length: tokens of a sequence.
         batch_size: sequences of a batch.
         shares: shares of the documents for the four roles.
+        seed: of the order of the text.
         dtype: auto (as saved), bfloat16, float16 or float32.
         revision: branch, tag or commit on the hub.
+        attn_implementation: as in transformers, such as eager.
         accelerator: as in Lightning: auto, cpu, gpu.
         save_every: save the sums after so many batches; the same command goes on from there.
     """
@@ -75,109 +91,165 @@ def curve(
         plans = first_sites(table, chosen, remove)
         if not plans:
             raise ValueError(f"The table scores none of the kinds {', '.join(remove)}: score them first.")
+        names = _names(scales)
+        data = TextDataModule(
+            tokenizer=model,
+            revision=revision,
+            text=text,
+            domains=domains,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            calibration_sequences=calibration_sequences,
+            test_sequences=test_sequences,
+            shares=shares,
+            seed=seed,
+        )
         fabric = start_fabric(accelerator)
-        causal_lm, _ = load(model, dtype=dtype, revision=revision)
+        causal_lm, _ = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
         table.fingerprint.check(unpruned_fingerprint(causal_lm))
         torch.nn.Module.to(causal_lm, fabric.device)
-        data = one_text(model, text, sequence_length, batch_size, shares, revision, test_sequences=sequences)
-        batches = data.test_dataloader()[text.title]
-        count = len(set(plans.values()))
-        print(f"Measuring {count} variants of {model} on {batches.token_count} tokens of {text.path}.", flush=True)
+        loaders = data.test_dataloader()
+        standing = _standing(causal_lm, data, plans, names)
+        variants = list(dict.fromkeys(plans.values()))
+        print(f"Measuring {1 + len(variants) * (1 + len(names))} variants of {model} on each of:", flush=True)
+        for domain, batches in loaders.items():
+            print(f"  {domain}: {batches.token_count} tokens", flush=True)
         settings = {
             "weights": unpruned_fingerprint(causal_lm).weights,
-            "tokens": batches.fingerprint,
+            "tokens": {domain: batches.fingerprint for domain, batches in loaders.items()},
+            "calibration": data.calibration_dataloader().fingerprint if names else None,
             "sequence_length": sequence_length,
             "batch_size": batch_size,
             "dtype": str(causal_lm.dtype),
-            "variants": sorted({" ".join(map(str, sorted(plan))) for plan in plans.values()}),
+            "attention": str(causal_lm.config._attn_implementation),
+            "scales": list(names),
+            "variants": sorted({" ".join(map(str, sorted(variant))) for variant in variants}),
         }
         saved = SavedSums(folder / "progress.safetensors", settings, save_every)
         if saved.done:
             print(f"Going on from what a run before had summed in {folder}.", flush=True)
-        losses = variant_losses(
-            causal_lm, batches, plans.values(), lambda items, left: tracked(items, "Held-out loss", left), saved
-        )
-        unpruned = losses[UNPRUNED]
-        best: dict[tuple[str, int], str] = {}
-        for metric, kind, number in sorted(plans, key=lambda plan: losses[plans[plan]].loss):
-            best.setdefault((kind, number), metric)
-        rows: list[dict[str, Any]] = [
-            {
-                "metric": metric,
-                "kind": kind,
-                "removed": number,
-                "sites": [str(site) for site in sorted(variant)],
-                "loss": losses[variant].loss,
-                "above_unpruned": losses[variant].minus(unpruned).to_dict(),
-                "best": best[kind, number],
-                "above_best": losses[variant].minus(losses[plans[best[kind, number], kind, number]]).to_dict(),
-            }
-            for (metric, kind, number), variant in plans.items()
-        ]
-        content = {
+        losses = {
+            domain: variant_losses(
+                causal_lm,
+                batches,
+                variants,
+                standing,
+                lambda items, left, domain=domain: tracked(items, f"Held-out loss, {domain}", left),  # type: ignore[misc]
+                saved,
+                f"{PASS} {domain}",
+            )
+            for domain, batches in loaders.items()
+        }
+        rows = _rows(table, plans, losses, [NONE, *standing])
+        content: dict[str, Any] = {
             "depthprune_curve": VERSION,
             "model": model,
-            "text": text.path,
-            "tokens": int(unpruned.tokens.sum()),
-            "documents": unpruned.documents,
-            "unpruned_loss": unpruned.loss,
+            "calibration_tokens": data.calibration_dataloader().token_count if names else 0,
             "influence": dict(table.provenance),
+            "domains": {name: _about(data.domains[name], found) for name, found in losses.items()},
             "rows": rows,
         }
         write_json(folder / "curve.json", content)
-        write_text(folder / "curve.md", report(content))
-        write_figures(folder, {"held-out loss by sites removed": ("curve.png", curve_figure(rows))})
+        write_text(folder / "curve.csv", curve_csv(content))
+        write_text(folder / "curve.md", curve_report(content))
+        write_figures(folder, {"held-out loss by sites removed": ("curve.png", curve_figure(content))})
+        _log(folder, content)
         saved.remove()
-        Console().print(_console(rows))
-        print(f"Wrote curve.json, curve.md, curve.png and a TensorBoard figure to {folder}.")
-        kind, number = next(iter(best))
-        command = ["depthprune", "prune", "--model", model, "--influence", influence, "--metric", best[kind, number]]
-        command += ["--kinds", f"[{kind}]", "--remove", str(number), "--output", "checkpoints/pruned"]
+        Console().print(console_table(content))
+        print(f"Wrote curve.json, curve.csv, curve.md, curve.png and TensorBoard's files to {folder}.")
+        first = content["rows"][0]
+        command = ["depthprune", "prune", "--model", model, "--influence", influence, "--metric", first["best"]]
+        command += [
+            "--kinds",
+            f"[{first['kind']}]",
+            "--remove",
+            str(first["removed"]),
+            "--output",
+            "checkpoints/pruned",
+        ]
         print(f"Next: {shlex.join(command)}")
 
 
-def report(content: dict[str, Any]) -> str:
-    """The results as Markdown: a table for each kind of site and number removed, the best metric first."""
-    parts = [
-        f"# Held-out loss by metric: {content['model']}",
-        f"Loss of the unpruned model: {content['unpruned_loss']:.3f} nats/token on {content['tokens']} predicted "
-        f"tokens of {content['documents']} documents of {Path(content['text']).stem} (test role). Nothing stands in "
-        "the removed places. Intervals are 95%, by bootstrap over documents, paired; * where the interval of the "
-        "difference to the best metric excludes 0.",
-    ]
-    if is_quick(content["documents"], content["tokens"]):
-        parts.append("This is a quick run: fewer than 200 documents or 50k tokens.")
-    parts.append("![Held-out loss by number of sites removed](curve.png)")
-    keys = dict.fromkeys((row["kind"], row["removed"]) for row in content["rows"])
-    for kind, number in keys:
-        rows = [row for row in content["rows"] if (row["kind"], row["removed"]) == (kind, number)]
-        body = [
-            [
-                row["metric"],
-                f"{row['loss']:.3f}",
-                gap_text(Interval.from_dict(row["above_unpruned"])),
-                "best" if row["metric"] == row["best"] else starred(Interval.from_dict(row["above_best"])),
-                ", ".join(site.split(".")[1] for site in row["sites"]),
-            ]
-            for row in sorted(rows, key=lambda row: row["loss"])
-        ]
-        header = ["metric", "loss", "above unpruned", "above the best", f"{PLURALS[kind]} removed"]
-        parts += [f"## {number} {PLURALS[kind]}", markdown_table(header, body)]
-    return "\n\n".join(parts) + "\n"
+def _names(scales: Sequence[float]) -> dict[float, str]:
+    """What emulated updates of each scale are called."""
+    for scale in scales:
+        if not 0 < abs(scale) < float("inf"):
+            raise ValueError(f"scales has {scale}: give finite numbers other than 0, such as [1.0, 0.5].")
+    if len(set(scales)) < len(scales):
+        raise ValueError("scales has a number twice: name each once.")
+    return {scale: EMULATED if scale == 1 else f"{scale:g} {EMULATED}" for scale in scales}
 
 
-def _console(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title="Loss above the unpruned model (nats/token); ◂ the lowest", title_justify="left", box=None)
-    keys = list(dict.fromkeys((row["kind"], row["removed"]) for row in rows))
-    table.add_column("metric", no_wrap=True)
-    for kind, number in keys:
-        table.add_column(f"{number}\n{PLURALS[kind]}", justify="right")
-    for metric in dict.fromkeys(row["metric"] for row in rows):
-        found = {(row["kind"], row["removed"]): row for row in rows if row["metric"] == metric}
-        cells = [found.get(key) for key in keys]
-        shown = [
-            "–" if row is None else f"{row['above_unpruned']['value']:.3f}{'' if row['best'] != metric else ' ◂'}"
-            for row in cells
-        ]
-        table.add_row(metric, *shown)
-    return table
+def _standing(
+    model: PreTrainedModel, data: TextDataModule, plans: Plans, names: Mapping[float, str]
+) -> dict[str, Standing]:
+    """What stands in the removed places beside nothing, by its name."""
+    if not names:
+        return {}
+    batches: Batches = data.calibration_dataloader()
+    sites = {site for plan in plans.values() for site in plan}
+    watched = tracked(batches, "Mean updates", len(batches))
+    found = emulated_updates(model, watched, sites, names)
+    return {names[scale]: standing for scale, standing in found.items()}
+
+
+def _about(source: TextSource, losses: Mapping[Variant, DomainLoss]) -> dict[str, Any]:
+    """What is put down about a domain."""
+    unpruned = losses[NONE, UNPRUNED]
+    return {
+        "text": source.path,
+        "documents": unpruned.documents,
+        "token_count": int(unpruned.tokens.sum()),
+        "unpruned_loss": unpruned.loss,
+        **unpruned.to_dict(),
+    }
+
+
+def _rows(
+    table: InfluenceTable, plans: Plans, losses: Mapping[str, Mapping[Variant, DomainLoss]], replacements: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Every point of the curves; ``best`` is the metric of lowest loss with the same in the same number of places."""
+    rows = []
+    for domain, found in losses.items():
+        for replacement in replacements:
+            best: dict[tuple[str, int], str] = {}
+            for metric, kind, number in sorted(plans, key=lambda plan: found[replacement, plans[plan]].loss):
+                best.setdefault((kind, number), metric)
+            for (metric, kind, number), absent in plans.items():
+                loss, lowest = found[replacement, absent], found[replacement, plans[best[kind, number], kind, number]]
+                rows.append(
+                    {
+                        "domain": domain,
+                        "metric": metric,
+                        "kind": kind,
+                        "replacement": replacement,
+                        "removed": number,
+                        "of": sum(site.kind == kind for site in table.sites),
+                        "sites": [str(site) for site in sorted(absent)],
+                        "loss": loss.loss,
+                        "above_unpruned": loss.minus(found[NONE, UNPRUNED]).to_dict(),
+                        "above_none": None if replacement == NONE else loss.minus(found[NONE, absent]).to_dict(),
+                        "best": best[kind, number],
+                        "above_best": loss.minus(lowest).to_dict(),
+                        "nats": loss.to_dict()["nats"],
+                    }
+                )
+    return rows
+
+
+def _log(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write the curves as scalars, with the number of removed sites as the step: a run for each line of the figure."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in content["rows"]:
+        groups.setdefault(slug(f"{row['metric']}-{row['replacement']}"), []).append(row)
+    for run, rows in groups.items():
+        logger = TensorBoardLogger(folder, name="tensorboard", version=run)
+        board: Any = logger.experiment
+        points: dict[tuple[str, int], float] = {}
+        for row in rows:
+            tag = f"{row['domain']}/loss by {PLURALS[row['kind']]} removed"
+            points[tag, 0] = content["domains"][row["domain"]]["unpruned_loss"]
+            points[tag, row["removed"]] = row["loss"]
+        for (tag, removed), loss in sorted(points.items()):
+            board.add_scalar(tag, loss, removed)
+        logger.finalize("success")

@@ -1,4 +1,4 @@
-"""Held-out loss by how many sites go, for the orders of several influence metrics."""
+"""Held-out loss by how many sites go, for the orders of several influence metrics and what stands in their place."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ from itertools import islice
 
 from transformers import PreTrainedModel
 
+from depthprune.anatomy import Anatomy
 from depthprune.data.batches import Batches
 from depthprune.evaluation.domains import DocumentLoss, DomainLoss
 from depthprune.head import Batch, evaluating, input_device, on_device, token_losses
 from depthprune.influence.table import InfluenceTable
+from depthprune.moments import mean_updates
 from depthprune.names import unknown_name
+from depthprune.replacements.constants import EmulatedUpdate
 from depthprune.saved_sums import SavedSums
-from depthprune.sites import KINDS
-from depthprune.variants import Absent, record, run_variants, switchable
+from depthprune.sites import KINDS, Site
+from depthprune.variants import Absent, Standing, record, run_variants, switchable
 
 UNPRUNED: Absent = frozenset()
+NONE = "none"
 PASS = "held-out loss"
+
+Variant = tuple[str, Absent]
+"""What stands in the absent sites, by name, and which these are."""
 
 
 def first_sites(
@@ -47,31 +54,69 @@ def first_sites(
     return found
 
 
+def emulated_updates(
+    model: PreTrainedModel, batches: Iterable[Batch], sites: Iterable[Site], scales: Iterable[float]
+) -> dict[float, Standing]:
+    """The mean update of each site in the unpruned model's stream, as what stands there, by its scale.
+
+    Args:
+        model: the unpruned model.
+        batches: the text that the mean is over.
+        sites: which.
+        scales: factors on the mean.
+    """
+    anatomy = Anatomy.of(model)
+    means = mean_updates(model, batches, sorted(set(sites)))
+
+    def standing(scale: float) -> Standing:
+        found: dict[Site, EmulatedUpdate] = {}
+        for site, mean in means.items():
+            found[site] = EmulatedUpdate(anatomy.hidden_size, scale=scale)
+            found[site].calibrate(mean)
+            found[site].to(input_device(model))
+        return found
+
+    return {scale: standing(scale) for scale in scales}
+
+
 def variant_losses(
     model: PreTrainedModel,
     batches: Batches,
     variants: Iterable[Absent],
+    standing: Mapping[str, Standing] | None = None,
     watch: Callable[[Iterable[Batch], int], Iterator[Batch]] = lambda items, _: iter(items),
     saved: SavedSums | None = None,
-) -> dict[Absent, DomainLoss]:
-    """The loss of variants with nothing in the removed places, by document, with shared prefixes.
+    name: str = PASS,
+) -> dict[Variant, DomainLoss]:
+    """The loss of variants by document, with shared prefixes.
 
     Args:
         model: the model.
         batches: a domain's text.
-        variants: the absent sites of each; the unpruned model is added.
+        variants: the absent sites of each; the unpruned model is added, as the variant ``("none", frozenset())``.
+        standing: what stands in them, by names of its own; every variant is run with nothing (``"none"``) and with each
+            of these.
         watch: goes through the batches, of which so many are left, and shows how far it is.
         saved: keeps the sums on the way, and takes up those of a run before.
+        name: of the pass in ``saved``.
     """
-    wanted = list(dict.fromkeys([UNPRUNED, *variants]))
-    metrics = {variant: DocumentLoss(batches.document_count).to(input_device(model)) for variant in wanted}
-    states = {" ".join(map(str, sorted(variant))) or "unpruned": metric for variant, metric in metrics.items()}
-    start = saved.restore(PASS, states) if saved is not None else 0
+    pruned = [variant for variant in dict.fromkeys(variants) if variant]
+    wanted = {NONE: [UNPRUNED, *pruned], **dict.fromkeys(standing or {}, pruned)}
+    device = input_device(model)
+    metrics = {
+        (label, absent): DocumentLoss(batches.document_count).to(device)
+        for label, group in wanted.items()
+        for absent in group
+    }
+    states = {f"{label} {' '.join(map(str, sorted(absent)))}": metric for (label, absent), metric in metrics.items()}
+    start = saved.restore(name, states) if saved is not None else 0
     rest: Iterable[Batch] = islice(batches, start, None)
     if saved is not None:
-        rest = saved.saving(PASS, states, rest, start, len(batches))
+        rest = saved.saving(name, states, rest, start, len(batches))
     with evaluating(model), switchable(model):
         for batch in on_device(watch(rest, len(batches) - start), model):
-            for place, hidden in run_variants(record(model, batch), wanted):
-                metrics[wanted[place]].update(token_losses(model, batch, hidden), batch)
+            recording = record(model, batch)
+            for label, group in wanted.items():
+                for place, hidden in run_variants(recording.again(), group, (standing or {}).get(label)):
+                    metrics[label, group[place]].update(token_losses(model, batch, hidden), batch)
     return {variant: metric.domain_loss() for variant, metric in metrics.items()}

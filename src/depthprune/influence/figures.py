@@ -9,11 +9,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from depthprune.evaluation.domains import Interval
 from depthprune.influence.agreement import agreement
 from depthprune.influence.table import InfluenceTable
 from depthprune.names import unknown_name
-from depthprune.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, errors, legend, new_figure, plain, tidy
+from depthprune.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, legend, new_figure, plain, tidy
 from depthprune.sites import PLURALS
 
 LOG_SPREAD = 30.0  # a log axis where the largest value is over so many times the smallest
@@ -137,46 +136,6 @@ def matrix_figure(matrices: Mapping[str, Mapping[str, Mapping[str, float]]], lab
         axes.set_xticks(range(len(names)), labels if below else [], rotation=35, ha="right")
         axes.set_yticks(range(len(names)), labels)
     figure.colorbar(image, ax=list(panels), label=label, shrink=0.7, aspect=30)
-    return figure
-
-
-def curve_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss above the unpruned model by how many sites go: a panel for each kind, a line for each metric.
-
-    Args:
-        rows: of ``depthprune curve``, with ``metric``, ``kind``, ``removed`` and ``above_unpruned`` (an interval).
-    """
-    kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    names = list(dict.fromkeys(row["metric"] for row in rows))
-    figure = new_figure(0.8 + 2.9 * len(kinds) + 0.2 * math.ceil(len(names) / 3))
-    panels = figure.subplots(len(kinds), 1, squeeze=False)[:, 0]
-    for axes, kind in zip(panels, kinds, strict=True):
-        for place, name in enumerate(names):
-            mine = sorted((r for r in rows if (r["metric"], r["kind"]) == (name, kind)), key=lambda r: r["removed"])
-            if not mine:
-                continue
-            gaps = [Interval.from_dict(row["above_unpruned"]) for row in mine]
-            shift = (place - (len(names) - 1) / 2) * 0.03
-            axes.errorbar(
-                [row["removed"] + shift for row in mine],
-                [gap.value for gap in gaps],
-                yerr=errors(gaps),
-                color=CURVE_COLOURS[place % len(CURVE_COLOURS)],
-                marker=CURVE_MARKERS[place % len(CURVE_MARKERS)],
-                linestyle=("-", "--", ":")[place // len(CURVE_COLOURS) % 3],
-                ms=4,
-                lw=1.2,
-                elinewidth=0.9,
-                capsize=2,
-                label=name,
-            )
-        values = [row["above_unpruned"]["value"] for row in rows if row["kind"] == kind]
-        if min(values) > 0 and max(values) > LOG_SPREAD / 3 * min(values):
-            axes.set_yscale("log")
-        tidy(axes, PLURALS[kind], ylabel="loss above unpruned\n(nats/token)")
-        axes.set_xticks(sorted({row["removed"] for row in rows if row["kind"] == kind}))
-    panels[-1].set_xlabel("sites removed", fontsize=10)
-    legend(figure, panels)
     return figure
 
 

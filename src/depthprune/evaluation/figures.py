@@ -1,0 +1,92 @@
+"""Figures of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from depthprune.evaluation.domains import Interval
+from depthprune.influence.figures import CURVE_COLOURS, CURVE_MARKERS
+from depthprune.plotting import new_figure, plain, tidy
+from depthprune.sites import PLURALS
+
+SPREAD = 6.0  # a log axis where a loss is over so many times that of the unpruned model
+MARKS = (0.1, 1 / 3)
+"""Shares of the sites that the paper finds to go cheaply: of blocks, and of attentions of a 7B model."""
+REPLACEMENT_LINES = ("-", "--", ":", "-.")
+
+
+def curve_figure(content: Mapping[str, Any]) -> Figure:
+    """Held-out loss by how many sites go, as in the figures of arXiv 2407.16286.
+
+    A row of panels for each kind of site and a column for each domain; a colour for each metric, a line style for what
+    stands in the removed places, bands of the 95% interval of the difference to the unpruned model.
+
+    Args:
+        content: of curve.json.
+    """
+    rows, domains = content["rows"], list(content["domains"])
+    kinds, metrics, replacements = (
+        list(dict.fromkeys(row[key] for row in rows)) for key in ("kind", "metric", "replacement")
+    )
+    figure = new_figure(0.9 + 2.9 * len(kinds) + 0.2 * ((len(metrics) + len(replacements) + 3) // 4))
+    grid = figure.subplots(len(kinds), len(domains), sharex="row", sharey="row", squeeze=False)
+    for panels, kind in zip(grid, kinds, strict=True):
+        mine = [row for row in rows if row["kind"] == kind]
+        numbers, total = sorted({row["removed"] for row in mine}), mine[0]["of"]
+        for axes, domain in zip(panels, domains, strict=True):
+            unpruned = content["domains"][domain]["unpruned_loss"]
+            for number, metric in enumerate(metrics):
+                for line, replacement in zip(REPLACEMENT_LINES, replacements, strict=False):
+                    chosen = (metric, replacement, domain)
+                    points = [r for r in mine if (r["metric"], r["replacement"], r["domain"]) == chosen]
+                    _draw(axes, sorted(points, key=lambda row: row["removed"]), unpruned, number, line)
+            axes.axhline(unpruned, color="black", lw=1, ls=(0, (1, 1)))
+            for share in MARKS:
+                if numbers[0] <= share * total <= numbers[-1]:
+                    axes.axvline(share * total, color="#999999", lw=0.8, ls=(0, (4, 3)))
+                    place = {"xy": (share * total, 1), "xycoords": ("data", "axes fraction"), "xytext": (2, -9)}
+                    axes.annotate(f"{share:.0%}", **place, textcoords="offset points", fontsize=8, color="#666666")
+            if max(row["loss"] for row in mine) > SPREAD * unpruned:
+                axes.set_yscale("log")
+            tidy(axes, domain, ylabel="loss (nats/token)" if axes is panels[0] else "")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+            axes.set_xlabel(f"{PLURALS[kind]} removed, of {total}", fontsize=9.5)
+    colours = [_line(number, "-", plain(metric)) for number, metric in enumerate(metrics)]
+    lines = [
+        Line2D([], [], color="black", ls=line, lw=1.3, label=plain(replacement.replace("_", " ")))
+        for line, replacement in zip(REPLACEMENT_LINES, replacements, strict=False)
+    ]
+    handles = [*colours, *lines, Line2D([], [], color="black", ls=(0, (1, 1)), lw=1, label="unpruned")]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=9, frameon=False)
+    return figure
+
+
+def _line(number: int, line: str, label: str) -> Line2D:
+    """How a metric is drawn."""
+    colour, marker = CURVE_COLOURS[number % len(CURVE_COLOURS)], CURVE_MARKERS[number % len(CURVE_MARKERS)]
+    return Line2D([], [], color=colour, marker=marker, ls=line, lw=1.3, ms=3.5, label=label)
+
+
+def _draw(axes: Any, points: Sequence[Mapping[str, Any]], unpruned: float, number: int, line: str) -> None:
+    """One metric's curve with its band, from the unpruned model on."""
+    if not points:
+        return
+    style = _line(number, line, "")
+    removed = [0, *(row["removed"] for row in points)]
+    gaps = [Interval(0, 0, 0), *(Interval.from_dict(row["above_unpruned"]) for row in points)]
+    low, high = ([unpruned + getattr(gap, side) for gap in gaps] for side in ("low", "high"))
+    axes.fill_between(removed, low, high, color=style.get_color(), alpha=0.15, lw=0)
+    axes.plot(
+        removed,
+        [unpruned + gap.value for gap in gaps],
+        color=style.get_color(),
+        marker=style.get_marker(),
+        ls=line,
+        lw=1.3,
+        ms=3.5,
+    )

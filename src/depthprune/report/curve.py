@@ -1,0 +1,192 @@
+"""The report of pruning curves: Markdown with what they show, a table for the terminal, and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from depthprune.evaluation.curve import NONE
+from depthprune.evaluation.domains import DomainLoss, Interval, is_quick
+from depthprune.evaluation.figures import MARKS
+from depthprune.report.markdown import escaped, gap_text, starred
+from depthprune.report.markdown import table as markdown_table
+from depthprune.sites import PLURALS
+
+Row = Mapping[str, Any]
+
+COLUMNS = ("domain", "metric", "kind", "replacement", "removed", "of", "loss")
+INTERVALS = ("above_unpruned", "above_none", "above_best")
+NOISE_NOTE = "Intervals are 95%, by bootstrap over documents, paired"
+
+
+def curve_csv(content: Mapping[str, Any]) -> str:
+    """One line for each point, with intervals and the removed sites."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    ends = [f"{name}{end}" for name in INTERVALS for end in ("", "_low", "_high")]
+    writer.writerow([*COLUMNS, *ends, "sites"])
+    for row in content["rows"]:
+        gaps = [row[name] or {} for name in INTERVALS]
+        values = [gap.get(end) for gap in gaps for end in ("value", "low", "high")]
+        writer.writerow([*(row[name] for name in COLUMNS), *values, " ".join(row["sites"])])
+    return text.getvalue()
+
+
+def curve_report(content: Mapping[str, Any]) -> str:
+    """The results as Markdown."""
+    domains = content["domains"]
+    parts = [f"# Held-out loss by sites removed: {escaped(content['model'])}"]
+    texts = [
+        f"{about['unpruned_loss']:.3f} nats/token on {about['token_count']} predicted tokens of "
+        f"{about['documents']} documents of {escaped(name)}"
+        for name, about in domains.items()
+    ]
+    parts.append(f"Loss of the unpruned model: {'; '.join(texts)} (test role). {NOISE_NOTE}.")
+    if any(is_quick(about["documents"], about["token_count"]) for about in domains.values()):
+        parts.append("This is a quick run: fewer than 200 documents or 50k tokens of a domain.")
+    parts.append("![Held-out loss by number of sites removed](curve.png)")
+    parts += ["## What the curves show", "\n".join(f"- {finding}" for finding in findings(content))]
+    for domain in domains:
+        for kind in dict.fromkeys(row["kind"] for row in content["rows"]):
+            parts.append(f"## {escaped(domain)}: loss above the unpruned model by {PLURALS[kind]} removed")
+            parts.append(_loss_table([r for r in content["rows"] if (r["domain"], r["kind"]) == (domain, kind)]))
+    parts.append("Bold: the lowest of the metrics with the same in the removed places; * worse than that beyond noise.")
+    parts += ["## Which sites go, the first one first", _order_table(content["rows"])]
+    parts.append("Every point with its intervals stands in curve.csv.")
+    return "\n\n".join(parts) + "\n"
+
+
+def findings(content: Mapping[str, Any]) -> list[str]:
+    """What the curves show, in sentences with figures, by domain; also where the paper's findings do not show."""
+    found: list[str] = []
+    for domain in content["domains"]:
+        mine = [row for row in content["rows"] if row["domain"] == domain]
+        found += [f"{escaped(domain)}: {text}." for text in (*_prices(mine), *_kinds(mine, content), *_gains(mine))]
+    return found
+
+
+def _prices(rows: Sequence[Row]) -> Iterator[str]:
+    """What the best order costs at the marks of the paper's figures."""
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        bare = [row for row in rows if row["kind"] == kind and row["replacement"] == NONE]
+        for share in MARKS:
+            near = [row for row in bare if row["removed"] == round(share * row["of"])]
+            if near:
+                best = min(near, key=lambda row: row["loss"])
+                yield (
+                    f"{best['removed']} of {best['of']} {PLURALS[kind]} ({share:.0%}) cost "
+                    f"{gap_text(Interval.from_dict(best['above_unpruned']))} nats/token in the best order, that of "
+                    f"`{best['metric']}`"
+                )
+
+
+def _kinds(rows: Sequence[Row], content: Mapping[str, Any]) -> Iterator[str]:
+    """Whether attentions go further than blocks and MLPs, at the largest number that was measured of both."""
+    bare = [row for row in rows if row["replacement"] == NONE]
+    numbers = {kind: {row["removed"] for row in bare if row["kind"] == kind} for kind in PLURALS}
+    for other in ("block", "mlp"):
+        for number in sorted(numbers["attention"] & numbers[other])[-1:]:
+            ours, theirs = (
+                min((row for row in bare if (row["kind"], row["removed"]) == (kind, number)), key=lambda r: r["loss"])
+                for kind in ("attention", other)
+            )
+            gap = _loss(ours, content).minus(_loss(theirs, content))
+            words = ("cost less than", "cost more than") if gap.excludes_zero else ("within noise of",) * 2
+            yield f"{number} attentions {words[gap.value > 0]} {number} {PLURALS[other]}: {starred(gap)} nats/token"
+
+
+def _gains(rows: Sequence[Row]) -> Iterator[str]:
+    """Where what stands in the removed places helps, and where it does harm."""
+    replacements = [name for name in dict.fromkeys(row["replacement"] for row in rows) if name != NONE]
+    for replacement in replacements:
+        for kind in dict.fromkeys(row["kind"] for row in rows):
+            mine = [row for row in rows if (row["replacement"], row["kind"]) == (replacement, kind)]
+            gaps = [(row, Interval.from_dict(row["above_none"])) for row in mine]
+            better, worse = (
+                [row for row, gap in gaps if gap.excludes_zero and gap.value * sign > 0] for sign in (-1, 1)
+            )
+            text = f"{replacement.replace('_', ' ')} in {PLURALS[kind]} is better than nothing at {len(better)} of "
+            text += f"{len(mine)} points beyond noise, worse at {len(worse)}"
+            if worse:
+                named: dict[str, list[str]] = {}
+                for row in worse:
+                    named.setdefault(row["metric"], []).append(str(row["removed"]))
+                text += f" ({'; '.join(f'`{metric}` at {_list(at)}' for metric, at in named.items())})"
+            yield text
+
+
+def _list(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def _loss(row: Row, content: Mapping[str, Any]) -> DomainLoss:
+    about = content["domains"][row["domain"]]
+    return DomainLoss.from_dict({"nats": row["nats"], "tokens": about["tokens"], "bytes": about["bytes"]})
+
+
+def _loss_table(rows: Sequence[Row]) -> str:
+    """A line for each metric and replacement, a column for each number of sites."""
+    numbers = sorted({row["removed"] for row in rows})
+    body = []
+    for metric in dict.fromkeys(row["metric"] for row in rows):
+        for replacement in dict.fromkeys(row["replacement"] for row in rows):
+            chosen = {r["removed"]: r for r in rows if (r["metric"], r["replacement"]) == (metric, replacement)}
+            cells = [_cell(chosen[number]) if number in chosen else "–" for number in numbers]
+            body.append([escaped(metric), escaped(replacement.replace("_", " ")), *cells])
+    return markdown_table(["metric", "in their place", *map(str, numbers)], body, words=2)
+
+
+def _cell(row: Row) -> str:
+    value = f"{row['above_unpruned']['value']:+.3f}"
+    if row["metric"] == row["best"]:
+        return f"**{value}**"
+    return value + (" *" if Interval.from_dict(row["above_best"]).excludes_zero else "")
+
+
+def _order_table(rows: Sequence[Row]) -> str:
+    body = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        for metric in dict.fromkeys(row["metric"] for row in rows):
+            order: dict[str, None] = {}
+            for row in sorted(rows, key=lambda row: row["removed"]):
+                if (row["kind"], row["metric"]) == (kind, metric):
+                    order |= dict.fromkeys(site.split(".")[1] for site in row["sites"])
+            if order:
+                body.append([PLURALS[kind], escaped(metric), ", ".join(order)])
+    return markdown_table(["kind", "metric", "sites"], body, words=3)
+
+
+def console_table(content: Mapping[str, Any]) -> Table:
+    """The same for a terminal, on the first domain: at most five numbers of each kind, spread over those measured."""
+    domain = next(iter(content["domains"]))
+    rows = [row for row in content["rows"] if row["domain"] == domain]
+    columns: list[tuple[str, int]] = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        numbers = sorted({row["removed"] for row in rows if row["kind"] == kind})
+        wanted = min(5, len(numbers))
+        places = {round(place * (len(numbers) - 1) / max(1, wanted - 1)) for place in range(wanted)}
+        columns += [(kind, numbers[place]) for place in sorted(places)]
+    title = f"Loss above the unpruned model, {domain} (nats/token); ◂ the lowest metric"
+    table = Table(title=title, title_justify="left", box=None)
+    table.add_column("metric", no_wrap=True)
+    for kind, number in columns:
+        table.add_column(f"{number}\n{PLURALS[kind]}", justify="right")
+    for metric in dict.fromkeys(row["metric"] for row in rows):
+        for replacement in dict.fromkeys(row["replacement"] for row in rows):
+            label = metric if replacement == NONE else f"  {replacement.replace('_', ' ')}"
+            table.add_row(label, *(_shown(rows, metric, replacement, *column) for column in columns))
+    return table
+
+
+def _shown(rows: Sequence[Row], metric: str, replacement: str, kind: str, number: int) -> str:
+    wanted = (metric, replacement, kind, number)
+    for row in rows:
+        if (row["metric"], row["replacement"], row["kind"], row["removed"]) == wanted:
+            value = row["above_unpruned"]["value"]
+            return f"{value:.3f}{' ◂' if row['best'] == metric else ''}" if math.isfinite(value) else "–"
+    return "–"
