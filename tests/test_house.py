@@ -94,7 +94,7 @@ LAYERS = [
     {"recovery.ladder"},
     {"recovery.ablations"},
     {"recovery.ablation_file"},
-    {"report.results", "report.markdown"},
+    {"report.results", "report.markdown", "report.html"},
     {"report.findings", "report.evaluation", "report.curve", "figures", "report.ablation", "study_file"},
     {"report.sections", "report.sweeps"},
     {"report.render", "report.plans"},

@@ -19,7 +19,7 @@ from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
 from depthprune.figures import write_figures
-from depthprune.files import make_folder, only_writer, write_text
+from depthprune.files import make_folder, only_writer
 from depthprune.loading import load
 from depthprune.names import slug, unknown_name
 from depthprune.nulls import check_filled
@@ -28,11 +28,12 @@ from depthprune.recovery.ablation_file import check_same, measured_unpruned, ope
 from depthprune.recovery.ablations import BARE, RESULTS, UNPRUNED, Ablation, run_name
 from depthprune.recovery.ladder import Rung
 from depthprune.report.ablation import ablation_figure, console_table, report
+from depthprune.report.html import write_page
 from depthprune.report.plans import plans_figure, plans_report
 from depthprune.report.sweeps import forgetting_figure, sweep_figures
 from depthprune.sites import PruningPlan
 
-RESERVED = ("tensorboard", "training", "plans.md", "plans.png")  # names in an output's folder
+RESERVED = ("tensorboard", "training", "plans.md", "plans.html", "plans.png")  # names in an output's folder
 LONGEST_NAME = 100  # of a plan, as file systems take it
 
 
@@ -61,7 +62,8 @@ def ablate(
     """Recover the same removed sites in several ways and compare on held-out text; writes a report.
 
     The texts are cut into disjoint samples; every rung is found and measured on each. Writes ablation.json,
-    ablation.md, ablation.png and a TensorBoard figure. The same command goes on where a killed one stopped.
+    ablation.md, ablation.html, ablation.png and a TensorBoard figure. The same command goes on where a killed one
+    stopped.
 
     Args:
         model: an embedded model's name, a hub name or a folder.
@@ -175,17 +177,17 @@ def _check_damage(run: Ablation, sample: int) -> None:
 def _write(run: Ablation) -> None:
     """Write the report and the figures of one plan's ablation."""
     figures = _figures(run.content)
-    write_text(run.folder / "ablation.md", report(run.content, [name for name, _ in figures.values()]))
     write_figures(run.folder, figures)
+    write_page(run.folder / "ablation.md", report(run.content, [name for name, _ in figures.values()]))
     Console().print(console_table(run.content))
-    print(f"Wrote {RESULTS}, ablation.md, {len(figures)} figures and TensorBoard event files to {run.folder}.")
+    print(f"Wrote {RESULTS}, ablation.html and .md, {len(figures)} figures and TensorBoard's files to {run.folder}.")
 
 
 def _write_plans(folder: Path, contents: dict[str, dict[str, Any]]) -> None:
     """Write the report that has all plans beside each other."""
-    write_text(folder / "plans.md", plans_report(contents))
     write_figures(folder, {"share recovered by plan": ("plans.png", plans_figure(contents))})
-    print(f"Wrote plans.md, plans.png and a TensorBoard event file to {folder}.")
+    write_page(folder / "plans.md", plans_report(contents))
+    print(f"Wrote plans.md, plans.html, plans.png and a TensorBoard event file to {folder}.")
 
 
 def _plans(plan: dict[str, list[str]] | str) -> dict[str, PruningPlan]:

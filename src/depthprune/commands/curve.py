@@ -27,6 +27,7 @@ from depthprune.loading import load
 from depthprune.names import slug
 from depthprune.progress import tracked
 from depthprune.report.curve import console_table, curve_csv, curve_report
+from depthprune.report.html import write_page
 from depthprune.saved_sums import SavedSums
 from depthprune.sites import PLURALS
 from depthprune.variants import Absent, Standing
@@ -61,7 +62,8 @@ def curve(
     """Remove the first sites of every metric's order and measure the loss on held-out text; writes a report.
 
     All variants are run with shared prefixes, with nothing and with emulated updates in the removed places. Writes
-    curve.json, curve.csv, curve.md, curve.png and TensorBoard. A run that was stopped goes on with the same command.
+    curve.html, curve.md, curve.png, curve.csv, curve.json and TensorBoard. A run that was stopped goes on with the same
+    command.
 
     Args:
         model: an embedded model's name, a hub name or a folder.
@@ -151,12 +153,12 @@ def curve(
         }
         write_json(folder / "curve.json", content)
         write_text(folder / "curve.csv", curve_csv(content))
-        write_text(folder / "curve.md", curve_report(content))
         write_figures(folder, {"held-out loss by sites removed": ("curve.png", curve_figure(content))})
+        write_page(folder / "curve.md", curve_report(content))
         _log(folder, content)
         saved.remove()
         Console().print(console_table(content))
-        print(f"Wrote curve.json, curve.csv, curve.md, curve.png and TensorBoard's files to {folder}.")
+        print(f"Wrote curve.html, .md, .png, .csv, .json and TensorBoard's files to {folder}.")
         first = content["rows"][0]
         command = ["depthprune", "prune", "--model", model, "--influence", influence, "--metric", first["best"]]
         command += [

@@ -26,10 +26,11 @@ from depthprune.evaluation.harness import Harness, TaskRunner
 from depthprune.evaluation.health import Health, probe
 from depthprune.evaluation.opened import UNPRUNED, Source, opened
 from depthprune.evaluation.results import RESULTS, figures, names_of_figures, open_results
-from depthprune.files import make_folder, only_writer, write_json, write_text
+from depthprune.files import make_folder, only_writer, write_json
 from depthprune.loading import load
 from depthprune.progress import tracked
 from depthprune.report.evaluation import console_table, report
+from depthprune.report.html import write_page
 
 Model = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Parts = dict[tuple[str, str], Callable[[Model], dict[str, Any]]]
@@ -64,7 +65,7 @@ def evaluate(
 
     Args:
         model: the unpruned model: an embedded model's name, a hub name or a folder.
-        output: folder for evaluation.json and evaluation.md.
+        output: folder for evaluation.json, evaluation.md and evaluation.html.
         variants: what is compared with it, by a name of your own: the folder of a model, also one that
             `depthprune prune` wrote; a plan.json, whose replacements are fitted to the text; or a checkpoint of
             `depthprune fit`.
@@ -151,7 +152,7 @@ def evaluate(
                     run.save(content)
         said = verdicts(limits, figures(content), UNPRUNED)
         if run.is_first:
-            write_text(run.folder / "evaluation.md", report(content, said))
+            write_page(run.folder / "evaluation.md", report(content, said))
             Console().print(console_table(content))
         for verdict in said:
             if not verdict.passed:
@@ -159,7 +160,7 @@ def evaluate(
                     f"{verdict.variant} fails the gate {verdict.gate.name!r} ({verdict.gate}): {verdict.figure:.3f}, "
                     f"and {verdict.unpruned:.3f} of the unpruned model."
                 )
-        run.say(f"Wrote {RESULTS} and evaluation.md to {run.folder}.")
+        run.say(f"Wrote {RESULTS}, evaluation.md and evaluation.html to {run.folder}.")
     return int(any(not verdict.passed for verdict in said))
 
 

@@ -16,8 +16,8 @@ from rich.text import Text
 
 from depthprune.evaluation.domains import Interval
 from depthprune.figures import drawable, write_figure
-from depthprune.files import write_text
 from depthprune.report.findings import interval_text, signed
+from depthprune.report.html import write_page
 from depthprune.report.markdown import escaped
 from depthprune.report.results import StudyResults, variant_label
 from depthprune.report.sections import (
@@ -75,7 +75,7 @@ def render_report(study: Mapping[str, Any] | StudyResults) -> str:
 
 
 def write_report(study: Mapping[str, Any] | StudyResults, folder: Path | str) -> Path:
-    """Write ``report.md`` and ``figures/*.png`` into a folder, each file whole or not at all.
+    """Write ``report.md``, ``report.html`` and ``figures/*.png`` into a folder, each file whole or not at all.
 
     Returns:
         The path of ``report.md``.
@@ -87,7 +87,7 @@ def write_report(study: Mapping[str, Any] | StudyResults, folder: Path | str) ->
     folder = Path(folder)
     for name, draw in drawable(results).items():
         write_figure(draw(), folder / "figures" / f"{name}.png")
-    write_text(folder / "report.md", render_report(results))
+    write_page(folder / "report.md", render_report(results))
     return folder / "report.md"
 
 
