@@ -121,11 +121,11 @@ def test_training_is_relative_to_the_start(results: StudyResults):
 
 def test_figures_wait_for_their_results():
     study = synthetic_study(documents=5)
-    assert list(drawable(study)) == ["damage", "recovery", "training", "influence"]
+    assert list(drawable(study)) == ["removed", "damage", "recovery", "training", "influence"]
     for name in [name for name in study["losses"] if not name.endswith("none") and name != "unpruned"]:
         del study["losses"][name]
     del study["training"]
-    assert list(drawable(study)) == ["damage", "influence"]
+    assert list(drawable(study)) == ["removed", "damage", "influence"]
     with pytest.raises(ValueError, match="no loss of a replacement"):
         recovery_figure(study)
     with pytest.raises(ValueError, match="no training yet"):
@@ -139,7 +139,7 @@ def test_names_are_not_mathematics(tmp_path: Path):
     study["plans"]["$x{$"] = study["plans"]["$a_b^$"]  # the same size, so that both show their names
     for name, draw in drawable(study).items():
         write_figure(draw(), tmp_path / f"{name}.png")
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_figures_are_written_whole_or_not(tmp_path: Path, results: StudyResults):

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from depthprune.evaluation.domains import Interval
+from depthprune.evaluation.figures import depth_diagram
 from depthprune.files import whole_file
 from depthprune.influence.figures import influence_figure
 from depthprune.plotting import (
@@ -160,6 +161,19 @@ def training_figure(study: Mapping[str, Any] | StudyResults) -> Figure:
     return figure
 
 
+def removed_figure(study: Mapping[str, Any] | StudyResults) -> Figure:
+    """What every plan removes, by depth.
+
+    Raises:
+        ValueError: it is not a study, or it has no model or plan yet.
+    """
+    results = StudyResults.of(study)
+    if not results.plans or not results.block_count:
+        raise ValueError("The study holds no plans yet: let it score the sites.")
+    plans = {plan.label: plan.sites for plan in results.plans}
+    return depth_diagram(plans, results.block_count)
+
+
 def drawable(study: Mapping[str, Any] | StudyResults) -> dict[str, Callable[[], Figure]]:
     """The figures that a study has the results for, by name; each is drawn when it is called.
 
@@ -170,6 +184,8 @@ def drawable(study: Mapping[str, Any] | StudyResults) -> dict[str, Callable[[], 
     table = results.influence
     replaced = [variant for variant in results.variants if variant != NONE]
     ready: dict[str, Callable[[], Figure]] = {}
+    if results.plans and results.block_count:
+        ready["removed"] = lambda: removed_figure(results)
     if any(_largest(results, plan) is not None for plan in results.plans):
         ready["damage"] = lambda: damage_figure(results)
     if any(_gains(results, plan, variant) for plan in results.plans for variant in replaced):

@@ -130,7 +130,7 @@ def means_by_hand(model: PreTrainedModel, sites: list[str], batches: Batches) ->
     return {name: torch.cat(found).mean(0) for name, found in sums.items()}
 
 
-def test_every_form_of_the_results_says_the_same(curves: Path) -> None:
+def test_every_form_of_the_results_says_the_same(curves: Path, table: Path) -> None:
     content = json.loads((curves / "curve.json").read_text())
     with (curves / "curve.csv").open() as file:
         lines = list(csv.DictReader(file))
@@ -154,6 +154,15 @@ def test_every_form_of_the_results_says_the_same(curves: Path) -> None:
         }
         found = dict(board[f"{domain}/loss by blocks removed"])
         assert found == {step: pytest.approx(loss) for step, loss in {0: about["unpruned_loss"], **wanted}.items()}
+    influence = InfluenceTable.load(table)
+    for order in content["orders"]:
+        largest = {"block": 3, "attention": 2}[order["kind"]]
+        values = {
+            str(site): value
+            for site, value in influence.of_metric(order["metric"]).items()
+            if site.kind == order["kind"]
+        }
+        assert order["sites"] == sorted(values, key=lambda name: values[name])[:largest]
     report = (curves / "curve.md").read_text()
     assert "other: loss above the unpruned model by blocks removed" in report
     assert "This is a quick run" in report
@@ -170,7 +179,7 @@ def test_a_killed_run_ends_with_the_same_results(
     said = capsys.readouterr().out
     assert "Going on from what a run before had summed" in said
     assert "Next: depthprune prune --model" in said
-    for name in ("curve.csv", "curve.json", "curve.md", "curve.png"):
+    for name in ("curve.csv", "curve.json", "curve.md", "curve.html", "curve.png", "removed.png"):
         assert (tmp_path / name).read_bytes() == (curves / name).read_bytes(), name
     assert not (tmp_path / "progress.safetensors").exists()
 

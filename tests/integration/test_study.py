@@ -70,7 +70,7 @@ def test_the_quickstart_study(tmp_path, capsys):
         "## How it was made",
     ):
         assert said in report
-    for name in ("damage", "recovery", "training", "influence"):
+    for name in ("removed", "damage", "recovery", "training", "influence"):
         assert (tmp_path / "study" / "figures" / f"{name}.png").stat().st_size > 5000
     curve = study["training"]["blocks-10"]["curve"]
     assert [point["step"] for point in curve] == [0, 1, 2, 3, 4]

@@ -35,7 +35,9 @@ def test_links_exist_on_disk(tmp_path: Path, study: dict[str, Any]):
     path = write_report(study, tmp_path / "study")
     assert path == tmp_path / "study" / "report.md"
     links = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", path.read_text(encoding="utf-8"))
-    assert sorted(links) == [f"figures/{name}.png" for name in ("damage", "influence", "recovery", "training")]
+    assert sorted(links) == [
+        f"figures/{name}.png" for name in ("damage", "influence", "recovery", "removed", "training")
+    ]
     assert all((path.parent / link).stat().st_size > 5000 for link in links)
     assert path.read_text(encoding="utf-8") == render_report(study)
 
@@ -116,7 +118,7 @@ def test_unfinished_study_says_what_is_missing(tmp_path: Path):
     assert "> **Unfinished study.** Still missing: the loss of blocks-1/emulated_update on xsum and pubmedqa; " in text
     assert "the training at 6 blocks" in text
     links = re.findall(r"\]\((figures/[^)]+)\)", text)
-    assert links == ["figures/damage.png", "figures/influence.png"]
+    assert links == ["figures/damage.png", "figures/removed.png", "figures/influence.png"]
     assert all((tmp_path / link).exists() for link in links)
 
 

@@ -19,7 +19,7 @@ from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
 from depthprune.evaluation.curve import NONE, PASS, UNPRUNED, Variant, emulated_updates, first_sites, variant_losses
 from depthprune.evaluation.domains import DomainLoss
-from depthprune.evaluation.figures import curve_figure
+from depthprune.evaluation.figures import curve_figure, depth_diagram
 from depthprune.figures import write_figures
 from depthprune.files import make_folder, only_writer, write_json, write_text
 from depthprune.influence.table import InfluenceTable
@@ -29,7 +29,7 @@ from depthprune.progress import tracked
 from depthprune.report.curve import console_table, curve_csv, curve_report
 from depthprune.report.html import write_page
 from depthprune.saved_sums import SavedSums
-from depthprune.sites import PLURALS
+from depthprune.sites import PLURALS, Site
 from depthprune.variants import Absent, Standing
 
 VERSION = 2
@@ -62,8 +62,8 @@ def curve(
     """Remove the first sites of every metric's order and measure the loss on held-out text; writes a report.
 
     All variants are run with shared prefixes, with nothing and with emulated updates in the removed places. Writes
-    curve.html, curve.md, curve.png, curve.csv, curve.json and TensorBoard. A run that was stopped goes on with the same
-    command.
+    curve.html, curve.md, curve.png, removed.png, curve.csv, curve.json and TensorBoard. A run that was stopped goes on
+    with the same command.
 
     Args:
         model: an embedded model's name, a hub name or a folder.
@@ -148,17 +148,24 @@ def curve(
             "model": model,
             "calibration_tokens": data.calibration_dataloader().token_count if names else 0,
             "influence": dict(table.provenance),
+            "blocks": table.fingerprint.architecture["num_hidden_layers"],
+            "orders": _orders(table, plans),
             "domains": {name: _about(data.domains[name], found) for name, found in losses.items()},
             "rows": rows,
         }
         write_json(folder / "curve.json", content)
         write_text(folder / "curve.csv", curve_csv(content))
-        write_figures(folder, {"held-out loss by sites removed": ("curve.png", curve_figure(content))})
+        orders = {f"{PLURALS[o['kind']]} by {o['metric']}": [*map(Site.parse, o["sites"])] for o in content["orders"]}
+        figures = {
+            "held-out loss by sites removed": ("curve.png", curve_figure(content)),
+            "sites removed": ("removed.png", depth_diagram(orders, content["blocks"], is_ordered=True)),
+        }
+        write_figures(folder, figures)
         write_page(folder / "curve.md", curve_report(content))
         _log(folder, content)
         saved.remove()
         Console().print(console_table(content))
-        print(f"Wrote curve.html, .md, .png, .csv, .json and TensorBoard's files to {folder}.")
+        print(f"Wrote curve.html, .md, .csv, .json, two figures and TensorBoard's files to {folder}.")
         first = content["rows"][0]
         command = ["depthprune", "prune", "--model", model, "--influence", influence, "--metric", first["best"]]
         command += [
@@ -205,6 +212,17 @@ def _about(source: TextSource, losses: Mapping[Variant, DomainLoss]) -> dict[str
         "unpruned_loss": unpruned.loss,
         **unpruned.to_dict(),
     }
+
+
+def _orders(table: InfluenceTable, plans: Plans) -> list[dict[str, Any]]:
+    """In which order sites go, up to the largest number of each metric and kind."""
+    gone: dict[tuple[str, str], Absent] = {}
+    for (metric, kind, _), absent in plans.items():
+        gone[metric, kind] = max(gone.get((metric, kind), UNPRUNED), absent, key=len)
+    return [
+        {"metric": metric, "kind": kind, "sites": [str(site) for site in table.order(metric, [kind]) if site in absent]}
+        for (metric, kind), absent in gone.items()
+    ]
 
 
 def _rows(

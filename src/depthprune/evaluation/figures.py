@@ -7,16 +7,19 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from depthprune.evaluation.domains import Interval
-from depthprune.influence.figures import CURVE_COLOURS, CURVE_MARKERS
+from depthprune.influence.figures import CURVE_COLOURS, CURVE_MARKERS, KIND_STYLES
 from depthprune.plotting import new_figure, plain, tidy
-from depthprune.sites import PLURALS
+from depthprune.sites import PLURALS, Site
 
 SPREAD = 6.0  # a log axis where a loss is over so many times that of the unpruned model
 MARKS = (0.1, 1 / 3)
 """Shares of the sites that the paper finds to go cheaply: of blocks, and of attentions of a 7B model."""
+HALF = 0.4  # the height of a half of a block in a depth diagram
+KEPT = "#E4E4E4"
 REPLACEMENT_LINES = ("-", "--", ":", "-.")
 
 
@@ -64,6 +67,47 @@ def curve_figure(content: Mapping[str, Any]) -> Figure:
     handles = [*colours, *lines, Line2D([], [], color="black", ls=(0, (1, 1)), lw=1, label="unpruned")]
     figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=9, frameon=False)
     return figure
+
+
+def depth_diagram(plans: Mapping[str, Sequence[Site]], block_count: int, is_ordered: bool = False) -> Figure:
+    """What plans remove, by depth: a row for each plan, in it every block with its attention above and its MLP below.
+
+    Args:
+        plans: the removed sites by the plan's label.
+        block_count: of the unpruned model.
+        is_ordered: write down as which each site goes, in the order of ``plans``.
+    """
+    figure = new_figure(0.75 + 0.3 * len(plans))
+    axes = figure.subplots()
+    for row, sites in enumerate(plans.values()):
+        for low, kind in ((row, "mlp"), (row - HALF, "attention")):
+            gone = {site.index: site for site in sites if site.kind in ("block", kind)}
+            for colour, indices in _by_colour(gone, block_count).items():
+                axes.broken_barh([(index - 0.45, 0.9) for index in indices], (low, HALF), facecolors=colour)
+        for place, site in enumerate(sites if is_ordered else (), start=1):
+            middle = {"block": row, "attention": row - HALF / 2, "mlp": row + HALF / 2}[site.kind]
+            axes.text(site.index, middle, str(place), ha="center", va="center", fontsize=6, color="white")
+    axes.set_xlim(-0.7, block_count - 0.3)
+    axes.set_ylim(len(plans) - 0.4, -0.6)
+    axes.set_yticks(range(len(plans)), [plain(label) for label in plans])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=15))
+    axes.set_xlabel("block number (unpruned model); attention above, MLP below", fontsize=9.5)
+    axes.tick_params(labelsize=9, length=0)
+    axes.spines[:].set_visible(False)
+    kinds = [kind for kind in KIND_STYLES if any(site.kind == kind for sites in plans.values() for site in sites)]
+    handles = [Patch(color=KIND_STYLES[kind][0], label=f"{PLURALS[kind]} removed") for kind in kinds]
+    handles.append(Patch(color=KEPT, label="kept"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=9, frameon=False)
+    return figure
+
+
+def _by_colour(gone: Mapping[int, Site], block_count: int) -> dict[str, list[int]]:
+    """The blocks by the colour that a half of theirs has."""
+    found: dict[str, list[int]] = {}
+    for index in range(block_count):
+        colour = KIND_STYLES[gone[index].kind][0] if index in gone else KEPT
+        found.setdefault(colour, []).append(index)
+    return found
 
 
 def _line(number: int, line: str, label: str) -> Line2D:

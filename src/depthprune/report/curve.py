@@ -56,7 +56,12 @@ def curve_report(content: Mapping[str, Any]) -> str:
             parts.append(f"## {escaped(domain)}: loss above the unpruned model by {PLURALS[kind]} removed")
             parts.append(_loss_table([r for r in content["rows"] if (r["domain"], r["kind"]) == (domain, kind)]))
     parts.append("Bold: the lowest of the metrics with the same in the removed places; * worse than that beyond noise.")
-    parts += ["## Which sites go, the first one first", _order_table(content["rows"])]
+    parts += ["## Which sites go", "![The sites by depth, with the order in which they go](removed.png)"]
+    orders = [
+        [PLURALS[order["kind"]], escaped(order["metric"]), ", ".join(site.split(".")[1] for site in order["sites"])]
+        for order in content["orders"]
+    ]
+    parts.append(markdown_table(["kind", "metric", "sites, the first one first"], orders, words=3))
     parts.append("Every point with its intervals stands in curve.csv.")
     return "\n\n".join(parts) + "\n"
 
@@ -146,19 +151,6 @@ def _cell(row: Row) -> str:
     if row["metric"] == row["best"]:
         return f"**{value}**"
     return value + (" *" if Interval.from_dict(row["above_best"]).excludes_zero else "")
-
-
-def _order_table(rows: Sequence[Row]) -> str:
-    body = []
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        for metric in dict.fromkeys(row["metric"] for row in rows):
-            order: dict[str, None] = {}
-            for row in sorted(rows, key=lambda row: row["removed"]):
-                if (row["kind"], row["metric"]) == (kind, metric):
-                    order |= dict.fromkeys(site.split(".")[1] for site in row["sites"])
-            if order:
-                body.append([PLURALS[kind], escaped(metric), ", ".join(order)])
-    return markdown_table(["kind", "metric", "sites"], body, words=3)
 
 
 def console_table(content: Mapping[str, Any]) -> Table:

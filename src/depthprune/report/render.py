@@ -35,6 +35,7 @@ from depthprune.report.sections import (
 )
 
 CAPTIONS = {
+    "removed": "What each plan removes, by depth.",
     "damage": "Loss above the unpruned model, with 95% intervals. Lower is better.",
     "recovery": "What each replacement gains over none, with 95% intervals. Right of 0 is better than none.",
     "training": "Loss since the start of training, which is the emulated update.",
@@ -59,6 +60,7 @@ def render_report(study: Mapping[str, Any] | StudyResults) -> str:
         figures.get("recovery", ""),
         "## Set-up",
         setup_section(results),
+        figures.get("removed", ""),
         losses_sections(results),
         perplexity_section(results),
         recovered_section(results),

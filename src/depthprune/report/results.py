@@ -105,6 +105,12 @@ class StudyResults:
         return InfluenceTable.from_dict(table, "the study's influence") if table else None
 
     @property
+    def block_count(self) -> int:
+        """How many blocks the unpruned model has."""
+        model = self.study.get("model") or {}
+        return int(model.get("architecture", {}).get("num_hidden_layers", 0))
+
+    @property
     def training(self) -> Mapping[str, Any]:
         """The training runs by plan name."""
         return self.study.get("training") or {}
