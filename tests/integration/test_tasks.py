@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+import depthprune as dp
+from depthprune.data.choices import open_choices
+from depthprune.data.questions import ChoiceSource
+from depthprune.embedded_catalogue import TASKS
+from depthprune.head import evaluating, hidden_states
+from depthprune.influence.choice_costs import letter_logits
 from depthprune.influence.table import InfluenceTable
 from tests.command_line import FAST_DTYPE, refusal, run
 
@@ -31,3 +38,31 @@ def test_one_of_text_and_task_is_named(tmp_path: Path) -> None:
     for flags in ([], both):
         assert "name one of the two" in refusal(*MODEL, *flags, "--output", tmp_path)
     assert "Did you mean 'openbookqa'" in refusal(*MODEL, "--task.path", "openbooqa", "--output", tmp_path)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_answer_letters_are_those_of_one_whole_forward_for_each_question(task: str) -> None:
+    """The accuracy through batches of padded prompts, against prompts written and run one at a time."""
+    model, tokenizer = dp.load("smollm2-135m-instruct-q4")  # bf16 batches round otherwise, so in fp32
+    model.float()
+    source = ChoiceSource(task, shots=0, limit=6)
+    batches = open_choices(source, tokenizer, sequence_length=1024, batch_size=8, seed=0)
+    found: dict[int, int] = {}
+    with evaluating(model):
+        for batch in batches:
+            letters = letter_logits(model, batch, hidden_states(model, batch))
+            found |= dict(zip(batch["question"].tolist(), letters.argmax(1).tolist(), strict=True))
+    right = chosen = 0
+    for place, asked in enumerate(batches.questions):
+        rows = [f"{letter}. {option}" for letter, option in zip("ABCDEFGHIJ", asked.options, strict=False)]
+        head = f"The following are multiple choice questions (with answers) about {asked.subject}.\n\n"
+        prompt = "\n".join([(head if asked.subject else "") + asked.question, *rows, "Answer:"])
+        names = [tokenizer(f" {letter}")["input_ids"][-1] for letter in "ABCDEFGHIJ"[: len(rows)]]
+        with torch.no_grad():
+            last = model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1]
+        best = int(last[names].argmax())
+        right += best == asked.answer
+        chosen += found[place] == asked.answer
+        assert found[place] == best, prompt
+    assert right == chosen
+    assert len(found) == 6
