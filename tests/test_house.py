@@ -86,7 +86,7 @@ LAYERS = [
     {"influence.iterative", "recovery.figures"},
     {"influence.registry"},
     {"influence.estimate"},
-    {"data.module", "pruning", "recovery.module", "evaluation.curve", "evaluation.figures"},
+    {"data.module", "pruning", "recovery.module", "evaluation.curve", "evaluation.figures", "evaluation.paired"},
     {"recovery.cli", "recovery.trained", "evaluation.task_pack", "callbacks.monitor", "callbacks.recorder"},
     {"callbacks.forgetting", "evaluation.harness", "evaluation.opened"},
     {"evaluation.results", "callbacks.overfitting", "callbacks.agreement", "callbacks.updates", "callbacks.run_card"},

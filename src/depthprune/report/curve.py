@@ -21,6 +21,7 @@ Row = Mapping[str, Any]
 
 COLUMNS = ("domain", "metric", "kind", "replacement", "removed", "of", "loss")
 INTERVALS = ("above_unpruned", "above_none", "above_best")
+SHORT = {"block": "blocks", "attention": "attn.", "mlp": "MLPs"}
 NOISE_NOTE = "Intervals are 95%, by bootstrap over documents, paired"
 
 
@@ -154,20 +155,20 @@ def _cell(row: Row) -> str:
 
 
 def console_table(content: Mapping[str, Any]) -> Table:
-    """The same for a terminal, on the first domain: at most five numbers of each kind, spread over those measured."""
+    """The same for a terminal, on the first domain: at most three numbers of each kind, spread over those measured."""
     domain = next(iter(content["domains"]))
     rows = [row for row in content["rows"] if row["domain"] == domain]
     columns: list[tuple[str, int]] = []
     for kind in dict.fromkeys(row["kind"] for row in rows):
         numbers = sorted({row["removed"] for row in rows if row["kind"] == kind})
-        wanted = min(5, len(numbers))
+        wanted = min(3, len(numbers))
         places = {round(place * (len(numbers) - 1) / max(1, wanted - 1)) for place in range(wanted)}
         columns += [(kind, numbers[place]) for place in sorted(places)]
-    title = f"Loss above the unpruned model, {domain} (nats/token); ◂ the lowest metric"
+    title = f"Loss above the unpruned model, {domain} (nats/token); ◂ the lowest"
     table = Table(title=title, title_justify="left", box=None)
     table.add_column("metric", no_wrap=True)
     for kind, number in columns:
-        table.add_column(f"{number}\n{PLURALS[kind]}", justify="right")
+        table.add_column(f"{number}\n{SHORT[kind]}", justify="right", no_wrap=True)
     for metric in dict.fromkeys(row["metric"] for row in rows):
         for replacement in dict.fromkeys(row["replacement"] for row in rows):
             label = metric if replacement == NONE else f"  {replacement.replace('_', ' ')}"

@@ -14,6 +14,7 @@ from depthprune.evaluation.domains import DomainLoss, Interval, is_quick
 from depthprune.evaluation.gates import Verdict
 from depthprune.evaluation.harness import TaskScores, short_name
 from depthprune.evaluation.opened import UNPRUNED
+from depthprune.evaluation.paired import mcnemar, paired
 from depthprune.report.markdown import escaped, starred
 from depthprune.report.markdown import table as markdown_table
 
@@ -28,6 +29,7 @@ class Row:
         gap: that loss, or the task's score, minus the unpruned model's; None for that model.
         score: its mean score on a task.
         error: the standard error of the score.
+        chance: the p-value of McNemar's test beside the unpruned model, where answers are right or wrong.
     """
 
     variant: str
@@ -35,6 +37,7 @@ class Row:
     loss: DomainLoss | None = None
     score: float | None = None
     error: float | None = None
+    chance: float | None = None
 
 
 def domain_rows(content: Mapping[str, Any]) -> Iterator[tuple[str, list[Row]]]:
@@ -55,14 +58,16 @@ def task_rows(content: Mapping[str, Any]) -> Iterator[tuple[str, list[Row]]]:
     for task, first in content["variants"][UNPRUNED]["tasks"].items():
         found = {name: TaskScores.from_dict(about["tasks"][task]) for name, about in content["variants"].items()}
         for metric in first["scores"]:
+            first_scores = found[UNPRUNED].scores[metric]
             yield (
                 f"{task} {short_name(metric)}",
                 [
                     Row(
                         name,
-                        None if name == UNPRUNED else paired(scores.scores[metric], found[UNPRUNED].scores[metric]),
+                        None if name == UNPRUNED else paired(scores.scores[metric], first_scores),
                         score=scores.mean(metric),
                         error=scores.standard_error(metric),
+                        chance=None if name == UNPRUNED else mcnemar(scores.scores[metric], first_scores),
                     )
                     for name, scores in found.items()
                 ],
@@ -112,18 +117,6 @@ def _cost(value: float | None, unpruned: float | None, unit: float) -> str:
     return f"{value / unit:,.1f} ({value / unpruned:.2f})"
 
 
-def paired(scores: np.ndarray, other: np.ndarray) -> Interval:
-    """One model's mean score minus another's on the same questions, with a 95% interval by the normal approximation.
-
-    Args:
-        scores: of each question, ``(N,)``.
-        other: the same of the other model.
-    """
-    gaps = scores - other
-    half = 1.96 * float(gaps.std(ddof=1)) / np.sqrt(len(gaps)) if len(gaps) > 1 else float("nan")
-    return Interval(float(gaps.mean()), float(gaps.mean() - half), float(gaps.mean() + half))
-
-
 def report(content: Mapping[str, Any], said: Sequence[Verdict] = ()) -> str:
     """The results as Markdown.
 
@@ -136,7 +129,8 @@ def report(content: Mapping[str, Any], said: Sequence[Verdict] = ()) -> str:
         f"# Evaluation: {escaped(config['model'])}",
         "Differences are to the unpruned model on the same documents or questions, with 95% intervals: of losses by "
         "bootstrap over documents, of scores by the normal approximation over questions; * where the interval excludes "
-        "0. Scores of tasks are those of lm-evaluation-harness, with their standard errors.",
+        "0. Scores of tasks are those of lm-evaluation-harness, with their standard errors; p is that of McNemar's exact "
+        "test.",
     ]
     for domain, rows in domain_rows(content):
         loss = rows[0].loss
@@ -158,7 +152,7 @@ def report(content: Mapping[str, Any], said: Sequence[Verdict] = ()) -> str:
         header = ["model", "loss, nats/token", "perplexity", "bits per byte", "loss above the unpruned model"]
         parts.append(markdown_table(header, body))
     if tasks := list(task_rows(content)):
-        parts += ["## Tasks", _scores_table("task", tasks)]
+        parts += ["## Tasks", _scores_table("task", tasks, with_chance=True)]
     if probes := list(health_rows(content)):
         parts += [
             "## Greedy text",
@@ -211,13 +205,16 @@ def console_table(content: Mapping[str, Any]) -> Table:
     return table
 
 
-def _scores_table(what: str, found: Iterable[tuple[str, list[Row]]]) -> str:
-    body = [
-        [escaped(name), escaped(row.variant), _score(row), "" if row.gap is None else starred(row.gap)]
-        for name, rows in found
-        for row in rows
-    ]
-    return markdown_table([what, "model", "score", "minus the unpruned model"], body, words=2)
+def _scores_table(what: str, found: Iterable[tuple[str, list[Row]]], with_chance: bool = False) -> str:
+    header = [what, "model", "score", "minus the unpruned model", *(["p"] if with_chance else [])]
+    body = []
+    for name, rows in found:
+        for row in rows:
+            cells = [escaped(name), escaped(row.variant), _score(row), "" if row.gap is None else starred(row.gap)]
+            if with_chance:
+                cells.append("" if row.chance is None else f"{row.chance:.2g}")
+            body.append(cells)
+    return markdown_table(header, body, words=2)
 
 
 def _score(row: Row) -> str:
