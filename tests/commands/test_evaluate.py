@@ -17,8 +17,8 @@ from depthprune.data.text import TextSource
 from depthprune.evaluation.domains import document_loss
 from depthprune.evaluation.harness import Harness, TaskRunner
 from depthprune.evaluation.health import agreement, continuations
-from depthprune.loading import load, save
 from depthprune.evaluation.paired import paired
+from depthprune.loading import load, save
 from depthprune.sites import PruningPlan
 from tests.command_line import LENGTH, STEPS, Workshop, refusal, run
 from tests.evaluation.test_harness import write_task

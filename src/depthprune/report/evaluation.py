@@ -129,8 +129,8 @@ def report(content: Mapping[str, Any], said: Sequence[Verdict] = ()) -> str:
         f"# Evaluation: {escaped(config['model'])}",
         "Differences are to the unpruned model on the same documents or questions, with 95% intervals: of losses by "
         "bootstrap over documents, of scores by the normal approximation over questions; * where the interval excludes "
-        "0. Scores of tasks are those of lm-evaluation-harness, with their standard errors; p is that of McNemar's exact "
-        "test.",
+        "0. Scores of tasks are those of lm-evaluation-harness, with their standard errors; p is that of McNemar's "
+        "exact test.",
     ]
     for domain, rows in domain_rows(content):
         loss = rows[0].loss
