@@ -10,6 +10,8 @@ from jsonargparse import auto_parser
 
 from depthprune.cli import COMMANDS, LIGHTNING
 from depthprune.evaluation.gates import read_gates
+from depthprune.evaluation.health import PROBES
+from depthprune.evaluation.recognition import RECOGNITION_PROBES
 from depthprune.evaluation.results import names_of_figures
 from depthprune.evaluation.task_pack import PACK, PREFIX
 from tests.command_line import run
@@ -93,4 +95,4 @@ def test_gates_limit_what_is_measured(path):
         task: [f"{metric['metric']},none" for metric in PACK[task.removeprefix(PREFIX)]["metric_list"]]
         for task in config["tasks"]
     }
-    assert read_gates(path, names_of_figures(domains, tasks, has_health=True))
+    assert read_gates(path, names_of_figures(domains, tasks, probes=(*PROBES, *RECOGNITION_PROBES)))

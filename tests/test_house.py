@@ -88,7 +88,7 @@ LAYERS = [
     {"influence.estimate"},
     {"data.module", "pruning", "recovery.module", "evaluation.curve", "evaluation.figures", "evaluation.paired"},
     {"recovery.cli", "recovery.trained", "evaluation.task_pack", "callbacks.monitor", "callbacks.recorder"},
-    {"callbacks.forgetting", "evaluation.harness", "evaluation.opened"},
+    {"callbacks.forgetting", "evaluation.harness", "evaluation.opened", "evaluation.recognition"},
     {"evaluation.results", "callbacks.overfitting", "callbacks.agreement", "callbacks.updates", "callbacks.run_card"},
     {"recovery.training"},
     {"recovery.ladder"},

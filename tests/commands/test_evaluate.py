@@ -27,7 +27,10 @@ from tests.tiny_models import tiny_model
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_task(tmp_path_factory.mktemp("tasks"))
+    folder = write_task(tmp_path_factory.mktemp("tasks"))
+    rows = [{"question": f"What is {n} and {n}?", "choices": [f"{n}", f"{2 * n} ones"], "answer": 1} for n in range(5)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
 
 
 def command(workshop: Workshop, tasks: Path, folder: Path, variants: dict[str, Path], *flags: object) -> list[object]:
@@ -37,6 +40,8 @@ def command(workshop: Workshop, tasks: Path, folder: Path, variants: dict[str, P
     start += ["--sequence_length", LENGTH, "--test_sequences", 5, "--calibration_sequences", 4]
     start += ["--timing", '{"prompt_tokens": 4, "new_tokens": 2, "repeats": 1}']
     start += ["--health", '{"prompts": 3, "prompt_tokens": 6, "new_tokens": 8, "problems": 4}']
+    start += ["--recognition.task.path", tasks / "questions.jsonl", "--recognition.task.limit", 3]
+    start += ["--recognition.task.shots", 2]
     return [*start, "--output", folder, *flags]
 
 
@@ -73,6 +78,9 @@ def test_every_kind_of_variant(workshop: Workshop, tasks: Path, fitted: Path, tm
         assert health["written"] == written.tolist()
         first = torch.tensor(found["unpruned"]["health"]["greedy text"]["written"])
         assert health["scores"]["agreement"] == agreement(model, starts, first).tolist()
+        scores = found[name]["health"]["questions asked openly"]["scores"]
+        assert list(scores) == ["recognised", "told", "recognition_only"]
+        assert all(len(values) == 3 and set(values) <= {0.0, 1.0} for values in scores.values())
         assert found[name]["cost"]["speed"]["parameters"] == sum(each.numel() for each in model.parameters())
         assert found[name]["tasks"]["colours"] == runner.run(model, tokenizer, "colours").to_dict()
     for one, other in (("plan", "folder"), ("checkpoint", "trained")):

@@ -17,14 +17,16 @@ from depthprune.anatomy import unpruned_fingerprint
 from depthprune.configuration import as_data
 from depthprune.data.batches import Batches
 from depthprune.data.module import TextDataModule
+from depthprune.data.questions import Question
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
 from depthprune.evaluation.cost import Timing, cost
 from depthprune.evaluation.domains import document_loss
 from depthprune.evaluation.gates import read_gates, verdicts
 from depthprune.evaluation.harness import Harness, TaskRunner
-from depthprune.evaluation.health import Health, probe
+from depthprune.evaluation.health import PROBES, Health, probe
 from depthprune.evaluation.opened import UNPRUNED, Source, opened
+from depthprune.evaluation.recognition import RECOGNITION_PROBES, Recognition, ask_both_ways, read_recognition
 from depthprune.evaluation.results import RESULTS, figures, names_of_figures, open_results
 from depthprune.files import make_folder, only_writer, write_json
 from depthprune.loading import load
@@ -43,6 +45,7 @@ def evaluate(
     tasks: Sequence[str] = ("embedded_piqa", "embedded_openbookqa"),
     harness: Harness = Harness(),  # noqa: B008 -- frozen
     health: Health | None = Health(),  # noqa: B008 -- frozen
+    recognition: Recognition | None = Recognition(),  # noqa: B008 -- frozen
     timing: Timing | None = Timing(),  # noqa: B008 -- frozen
     text: TextSource = TextSource("xsum"),  # noqa: B008 -- frozen
     domains: dict[str, TextSource] = {"quac": TextSource("quac")},  # noqa: B006, B008 -- not changed
@@ -72,6 +75,7 @@ def evaluate(
         tasks: tasks of lm-evaluation-harness, and the embedded ones, which need no hub.
         harness: how they are asked.
         health: how what the models write by themselves is probed; not at all if null.
+        recognition: which questions are asked as multiple choice and openly; none if null.
         timing: how speed is measured; null leaves the cost out.
         text: its fit role fits the replacements of a plan.json; its test role is the first domain.
         domains: more texts to score, by name.
@@ -96,6 +100,7 @@ def evaluate(
     if UNPRUNED in sources:
         raise ValueError(f"A variant cannot be named {UNPRUNED}, which is the model itself: choose another name.")
     runner = TaskRunner(tasks, harness) if tasks else None
+    asked = read_recognition(recognition) if recognition is not None else None
     data = TextDataModule(
         tokenizer=model,
         revision=revision,
@@ -111,7 +116,8 @@ def evaluate(
     limits = []
     if gates is not None:
         metrics = {name: runner.metrics(name) for name in runner.names} if runner else {}
-        limits = read_gates(gates, names_of_figures(list(data.domains), metrics, health is not None))
+        probes = [*(PROBES if health is not None else ()), *(RECOGNITION_PROBES if recognition is not None else ())]
+        limits = read_gates(gates, names_of_figures(list(data.domains), metrics, probes))
     fabric = start_fabric(accelerator, devices)
     run = _Run(make_folder(output), fabric.is_global_zero)
     with only_writer(run.folder, "evaluate") if run.is_first else nullcontext():
@@ -137,6 +143,8 @@ def evaluate(
         if health is not None:
             starts = _starts(next(iter(loaders.values())), health)
             parts["health", "greedy text"] = partial(_health, health, starts, content["variants"])
+        if asked is not None:
+            parts["health", "questions asked openly"] = partial(_recognition, *asked)
         if timing is not None:
             parts["cost", "speed"] = partial(_cost, timing)
         for name, source in {UNPRUNED: None, **sources}.items():
@@ -209,6 +217,10 @@ def _starts(batches: Batches, health: Health) -> torch.Tensor:
             f"{health.prompts} prompts of {health.prompt_tokens}: set less there, or more test_sequences."
         )
     return ids[: health.prompts, : health.prompt_tokens].long()
+
+
+def _recognition(questions: list[Question], examples: str, model: Model) -> dict[str, Any]:
+    return {"scores": {name: found.tolist() for name, found in ask_both_ways(*model, questions, examples).items()}}
 
 
 def _health(health: Health, starts: torch.Tensor, variants: Mapping[str, Any], model: Model) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def probe(
     Returns:
         By the probe's name a score for each prompt or problem, and what the model writes, ``(N, S)``.
     """
-    padding = int(_padding_left(tokenizer).pad_token_id)
+    padding = int(padded_left(tokenizer).pad_token_id)
     written = continuations(model, starts, health.new_tokens, padding)
     scores = (
         repetition(written),
@@ -94,7 +94,7 @@ def continuations(model: PreTrainedModel, starts: Tensor, new_tokens: int, paddi
     Returns:
         The tokens, ``(N, S)``.
     """
-    written = _greedy(model, starts, torch.ones_like(starts), new_tokens, padding, min_new_tokens=new_tokens)
+    written = greedy(model, starts, torch.ones_like(starts), new_tokens, padding, min_new_tokens=new_tokens)
     assert written.shape[1] == new_tokens
     return written
 
@@ -169,10 +169,10 @@ def solved(
     Returns:
         1 or 0 for each, ``(N,)``.
     """
-    own = _padding_left(tokenizer)
+    own = padded_left(tokenizer)
     asked = own([prompt for prompt, _ in problems], return_tensors="pt", padding=True)
     longest = max(len(own(f" {answer}\n", add_special_tokens=False)["input_ids"]) for _, answer in problems)
-    written = _greedy(model, asked["input_ids"], asked["attention_mask"], longest + 1, int(own.pad_token_id))
+    written = greedy(model, asked["input_ids"], asked["attention_mask"], longest + 1, int(own.pad_token_id))
     lines = [str(own.decode(row, skip_special_tokens=True)).split("\n")[0] for row in written.tolist()]
     return np.array([float(_words(line) == _words(answer)) for line, (_, answer) in zip(lines, problems, strict=True)])
 
@@ -182,7 +182,8 @@ def _words(line: str) -> list[str]:
     return re.findall(r"-?\d+|[^\w\s]", line)
 
 
-def _padding_left(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def padded_left(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy of a tokenizer that pads on the left, as generation wants it."""
     own = copy.deepcopy(tokenizer)
     own.padding_side = "left"
     if own.pad_token_id is None:
@@ -190,7 +191,7 @@ def _padding_left(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase
     return own
 
 
-def _greedy(model: PreTrainedModel, ids: Tensor, mask: Tensor, new_tokens: int, padding: int, **more: Any) -> Tensor:
+def greedy(model: PreTrainedModel, ids: Tensor, mask: Tensor, new_tokens: int, padding: int, **more: Any) -> Tensor:
     """The likeliest tokens after left-padded prompts, ``(N, S)``, of the model alone: no penalty of its config's."""
     device = input_device(model)
     config = GenerationConfig(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import numpy as np
 from depthprune.configuration import check_config
 from depthprune.evaluation.domains import DomainLoss
 from depthprune.evaluation.harness import TaskScores, short_name
-from depthprune.evaluation.health import PROBES
 from depthprune.files import read_json
 
 RESULTS = "evaluation.json"
@@ -38,18 +37,18 @@ def open_results(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return content
 
 
-def names_of_figures(domains: list[str], tasks: Mapping[str, list[str]], has_health: bool) -> list[str]:
+def names_of_figures(domains: list[str], tasks: Mapping[str, list[str]], probes: Sequence[str]) -> list[str]:
     """What an evaluation measures.
 
     Args:
         domains: its texts.
         tasks: its tasks, with the metrics of each.
-        has_health: whether it probes greedy text.
+        probes: its probes of what models write.
     """
     return [
         *(f"domains/{domain}/{figure}" for domain in domains for figure in OF_DOMAIN),
         *(f"tasks/{task}/{short_name(metric)}" for task, metrics in tasks.items() for metric in metrics),
-        *(f"health/{probe}" for probe in PROBES if has_health),
+        *(f"health/{probe}" for probe in probes),
     ]
 
 

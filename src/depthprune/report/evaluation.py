@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,34 @@ def task_rows(content: Mapping[str, Any]) -> Iterator[tuple[str, list[Row]]]:
                     for name, scores in found.items()
                 ],
             )
+
+
+def summary_rows(content: Mapping[str, Any]) -> Iterator[tuple[str, list[Row]]]:
+    """Of several tasks, by the first metric of each: every model's average, and where a pruned one lost most."""
+    tasks = content["variants"][UNPRUNED]["tasks"]
+    if len(tasks) < 2:
+        return
+    first: dict[str, list[Row]] = {}
+    for name, rows in task_rows(content):
+        first.setdefault(name.split(" ")[0], rows)
+    yield f"average of {len(first)} tasks", [_average(list(rows)) for rows in zip(*first.values(), strict=True)]
+    for place in range(1, len(content["variants"])):
+        worst = min(first, key=lambda name: first[name][place].gap.value)  # type: ignore[union-attr]
+        yield f"worst: {worst}", [first[worst][place]]
+
+
+def _average(rows: Sequence[Row]) -> Row:
+    """One model's mean over tasks, whose errors are independent of each other."""
+    count = len(rows)
+    gaps = [row.gap for row in rows if row.gap is not None]
+    gap = None
+    if gaps:
+        middle = sum(each.value for each in gaps) / count
+        half = math.sqrt(sum((each.high - each.value) ** 2 for each in gaps)) / count
+        gap = Interval(middle, middle - half, middle + half)
+    score = sum(row.score or 0.0 for row in rows) / count
+    error = math.sqrt(sum((row.error or 0.0) ** 2 for row in rows)) / count
+    return Row(rows[0].variant, gap, score=score, error=error)
 
 
 def health_rows(content: Mapping[str, Any]) -> Iterator[tuple[str, list[Row]]]:
@@ -152,13 +181,15 @@ def report(content: Mapping[str, Any], said: Sequence[Verdict] = ()) -> str:
         header = ["model", "loss, nats/token", "perplexity", "bits per byte", "loss above the unpruned model"]
         parts.append(markdown_table(header, body))
     if tasks := list(task_rows(content)):
-        parts += ["## Tasks", _scores_table("task", tasks, with_chance=True)]
+        parts += ["## Tasks", _scores_table("task", [*tasks, *summary_rows(content)], with_chance=True)]
     if probes := list(health_rows(content)):
         parts += [
             "## Greedy text",
             "repetition: share of runs of four tokens that the text had before; agreement: share of the tokens of the "
             "unpruned model's text that the model too puts first; sums and brackets: share of small sums, and of lines "
-            "of brackets to be closed, that it gets right after four examples.",
+            "of brackets to be closed, that it gets right after four examples; recognised and told: share of questions "
+            "whose answer it picks among the options, and of those whose answer stands in what it writes; "
+            "recognition_only: recognised and not told.",
             _scores_table("probe", probes),
         ]
     if costs := cost_rows(content):
