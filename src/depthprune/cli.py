@@ -30,6 +30,7 @@ COMMANDS = {
         "score models beside the unpruned one, on tasks and text",
     ),
     "curve": ("depthprune.commands.curve:curve", "held-out loss by how many sites go, for every metric of a table"),
+    "tradeoff": ("depthprune.commands.tradeoff:tradeoff", "what a plan made for one task costs on the others"),
     "ablate": ("depthprune.commands.ablate:ablate", "recover the same sites in several ways, on disjoint samples"),
     "generate": ("depthprune.commands.generate:generate", "write a model's own continuations, to train on"),
     "compare": ("depthprune.commands.compare:compare", "how far influence tables agree: compare a.json b.json"),

@@ -17,7 +17,8 @@ from depthprune.families import family_of
 
 Batch = Mapping[str, Tensor]
 """``input_ids (B, T)``, where there is padding ``attention_mask (B, T)``, and where documents are kept apart
-``position_ids (B, T)``, which start again with each; may carry more."""
+``position_ids (B, T)``, which start again with each; where only some tokens' loss counts, ``counted (B, T)``; may carry
+more."""
 
 RowLosses = Callable[[Tensor, slice], Tensor]
 
@@ -70,12 +71,15 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 def predicted_mask(batch: Batch) -> Tensor:
     """Which next tokens count, ``(B, T - 1)`` bool: those that are not padding, predicted from one that is not.
 
-    Where positions start again with each document, nothing predicts its first token.
+    Where positions start again with each document, nothing predicts its first token. Where a batch says which tokens
+    are ``counted``, others are not.
     """
     counts = torch.ones_like(batch["input_ids"][:, 1:], dtype=torch.bool)
     if "attention_mask" in batch:
         mask = batch["attention_mask"].bool()
         counts = mask[:, 1:] & mask[:, :-1]
+    if "counted" in batch:
+        counts = counts & batch["counted"][:, 1:].bool()
     return counts & (batch["position_ids"][:, 1:] > 0) if "position_ids" in batch else counts
 
 
@@ -269,7 +273,7 @@ def check_batch(batch: Batch) -> None:
             "A batch is a mapping with input_ids, whole numbers of shape (B, T) with B and T of 1 or more: give such "
             "ones, as a tokenizer makes them with return_tensors='pt'."
         )
-    for name in ("attention_mask", "position_ids"):
+    for name in ("attention_mask", "position_ids", "counted"):
         if name in batch and (not isinstance(batch[name], Tensor) or batch[name].shape != ids.shape):
             raise ValueError(f"The batch's {name} has another shape than its input_ids {tuple(ids.shape)}: mend it.")
 

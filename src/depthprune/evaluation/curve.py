@@ -8,6 +8,7 @@ from itertools import islice
 from transformers import PreTrainedModel
 
 from depthprune.anatomy import Anatomy
+from depthprune.data.answers import AnswerBatches
 from depthprune.data.batches import Batches
 from depthprune.evaluation.domains import DocumentLoss, DomainLoss
 from depthprune.head import Batch, evaluating, input_device, on_device, token_losses
@@ -81,7 +82,7 @@ def emulated_updates(
 
 def variant_losses(
     model: PreTrainedModel,
-    batches: Batches,
+    batches: Batches | AnswerBatches,
     variants: Iterable[Absent],
     standing: Mapping[str, Standing] | None = None,
     watch: Callable[[Iterable[Batch], int], Iterator[Batch]] = lambda items, _: iter(items),
@@ -92,7 +93,7 @@ def variant_losses(
 
     Args:
         model: the model.
-        batches: a domain's text.
+        batches: a domain's text, or answers, which count as its documents.
         variants: the absent sites of each; the unpruned model is added, as the variant ``("none", frozenset())``.
         standing: what stands in them, by names of its own; every variant is run with nothing (``"none"``) and with each
             of these.

@@ -1,0 +1,252 @@
+"""``depthprune tradeoff``: what a plan made for one task costs on the others."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from depthprune.anatomy import Anatomy, unpruned_fingerprint
+from depthprune.configuration import as_data, check_config
+from depthprune.data.answers import AnswerBatches, halves, open_answers
+from depthprune.data.batches import Batches
+from depthprune.data.module import one_text
+from depthprune.data.questions import ChoiceSource, Question, read_questions
+from depthprune.data.text import RoleShares, TextSource
+from depthprune.devices import start_fabric
+from depthprune.evaluation.curve import UNPRUNED
+from depthprune.evaluation.tradeoff import answers_of, measure_of
+from depthprune.figures import write_figures
+from depthprune.files import make_folder, only_writer, read_json, write_json
+from depthprune.influence.ablation import Sampling
+from depthprune.influence.estimate import estimate_influence
+from depthprune.influence.registry import METRICS
+from depthprune.loading import load
+from depthprune.names import slug, unknown_name
+from depthprune.progress import tracked
+from depthprune.report.html import write_page
+from depthprune.report.tradeoff import console_table, tradeoff_figure, tradeoff_report
+from depthprune.saved_sums import SavedSums
+from depthprune.sites import KINDS, Site
+
+VERSION = 1
+RESULTS = "tradeoff.json"
+ORACLE = " (oracle)"
+
+
+def tradeoff(
+    model: str,
+    output: str,
+    tasks: Sequence[str] = ("boolq", "piqa", "openbookqa", "commonsenseqa", "siqa", "logiqa"),
+    text: TextSource = TextSource("xsum"),  # noqa: B008 -- frozen
+    kind: str = "attention",
+    remove: int = 10,
+    metric: str = "leave_one_out_loss",
+    score_questions: int = 64,
+    test_questions: int = 200,
+    oracle: bool = True,
+    sequences: int = 16,
+    sequence_length: int = 256,
+    batch_size: int = 8,
+    shares: RoleShares = RoleShares(),  # noqa: B008 -- frozen
+    dtype: str = "auto",
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    accelerator: str = "auto",
+) -> None:
+    """Make a plan for each task by its own influence and score all plans on held-out questions of all tasks.
+
+    Beside them stand the task-agnostic plan, by influence on a text, and the oracle, by influence on the very questions
+    that are asked (the setting of arXiv 2407.16286). A run that was stopped goes on with the same command.
+
+    Args:
+        model: an embedded model's name, a hub name or a folder.
+        output: folder for tradeoff.json, .md, .html, .png and the influence tables.
+        tasks: multiple-choice questions: names of embedded tasks, or files or folders of questions.
+        text: gives the task-agnostic plan, by its score role.
+        kind: the kind of site that goes: block, attention or mlp.
+        remove: how many sites go.
+        metric: by which sites are scored: on a task by the words of the right answers alone.
+        score_questions: at most so many questions of each task for its influence, none of which is asked.
+        test_questions: at most so many questions of each task to score plans on.
+        oracle: also make plans from the questions that are asked.
+        sequences: sequences of the text to score on.
+        sequence_length: tokens of a sequence; of a longer question the first ones are left out.
+        batch_size: sequences of a batch.
+        shares: shares of the text's documents for the four roles.
+        dtype: auto (as saved), bfloat16, float16 or float32.
+        revision: branch, tag or commit on the hub.
+        attn_implementation: as in transformers, such as eager.
+        accelerator: as in Lightning: auto, cpu, gpu.
+    """
+    config = as_data(dict(locals()))
+    if kind not in KINDS:
+        raise unknown_name("kind of site", kind, KINDS)
+    if metric not in METRICS:
+        raise unknown_name("metric", metric, METRICS)
+    if len(tasks) < 2 or len(set(tasks)) < len(tasks):
+        raise ValueError("tasks needs two or more different tasks: a trade-off is between them.")
+    if min(score_questions, test_questions, remove) < 1:
+        raise ValueError("score_questions, test_questions and remove must be 1 or more.")
+    folder = make_folder(output)
+    with only_writer(folder, "tradeoff"):
+        content = _open(folder, config)
+        asked = {task: _questions(task, score_questions, test_questions) for task in tasks}
+        fabric = start_fabric(accelerator)
+        causal_lm, tokenizer = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
+        torch.nn.Module.to(causal_lm, fabric.device)
+        sites = Anatomy.of(causal_lm).sites([kind])
+        if remove > len(sites):
+            raise ValueError(f"Cannot remove {remove} of {len(sites)} {kind} sites: choose fewer.")
+        weights = unpruned_fingerprint(causal_lm).weights
+        if content.setdefault("weights", weights) != weights:
+            raise ValueError(f"The model changed since {folder / RESULTS} was begun: name another output.")
+        run = _Run(causal_lm, tokenizer, folder, content, sequence_length, batch_size)
+        data = one_text(model, text, sequence_length, batch_size, shares, revision, score_sequences=sequences)
+        run.plan(text.title, {"source": "text"}, data.score_dataloader(), metric, kind, remove)
+        for task, (score, _) in asked.items():
+            run.plan(task, {"source": "task", "task": task}, run.answers(score, True), metric, kind, remove)
+        for task, (_, test) in asked.items() if oracle else ():
+            about = {"source": "oracle", "task": task}
+            run.plan(task + ORACLE, about, run.answers(test, True), metric, kind, remove)
+        for task, (_, test) in asked.items():
+            run.ask(task, test)
+        write_figures(folder, {"task trade-off": ("tradeoff.png", tradeoff_figure(content))})
+        write_page(folder / "tradeoff.md", tradeoff_report(content))
+        (folder / "progress.safetensors").unlink(missing_ok=True)
+        Console().print(console_table(content))
+        print(f"Wrote {RESULTS}, tradeoff.html, .md, .png, influence tables and TensorBoard's files to {folder}.")
+        table = folder / "influence" / f"{slug(text.title)}.json"
+        command = ["depthprune", "prune", "--model", model, "--influence", str(table), "--metric", metric]
+        command += ["--kinds", f"[{kind}]", "--remove", str(remove), "--output", "checkpoints/pruned"]
+        print(f"Next: {shlex.join(command)}")
+
+
+def _open(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The results so far.
+
+    Raises:
+        ValueError: the file is damaged, or holds those of another configuration.
+    """
+    path = folder / RESULTS
+    if not path.exists():
+        return {"depthprune_tradeoff": VERSION, "config": dict(config), "plans": {}, "tasks": {}}
+    content = read_json(path, "a trade-off's results")
+    if not isinstance(content, dict) or content.get("depthprune_tradeoff") != VERSION:
+        raise ValueError(f"{path} is no trade-off of this version: remove it, or name another output.")
+    check_config(folder, "a trade-off", content["config"], config)
+    print(f"Going on with the trade-off in {folder}.")
+    return content
+
+
+def _questions(task: str, score: int, test: int) -> tuple[list[Question], list[Question]]:
+    """The questions that give a task's influence, and those that are asked; none shares a passage across."""
+    questions, _ = read_questions(ChoiceSource(task))
+    places = halves(questions)
+    if not places["score"] or not places["test"]:
+        raise ValueError(f"The task {task} has too few questions to hold some apart: name another one.")
+    return tuple(
+        [questions[place] for place in places[role][:most]] for role, most in (("score", score), ("test", test))
+    )  # type: ignore[return-value]
+
+
+class _Run:
+    """A trade-off under way.
+
+    Args:
+        model: the unpruned model.
+        tokenizer: its tokenizer.
+        folder: where everything goes.
+        content: the results so far.
+        sequence_length: tokens of a question.
+        batch_size: answers of a batch.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        content: dict[str, Any],
+        sequence_length: int,
+        batch_size: int,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.folder = folder
+        self.content = content
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+
+    def answers(self, questions: Sequence[Question], only_right: bool) -> AnswerBatches:
+        """Questions with their answers as batches."""
+        return open_answers(questions, self.tokenizer, self.sequence_length, self.batch_size, only_right)
+
+    def save(self) -> None:
+        """Write down the results so far."""
+        write_json(self.folder / RESULTS, self.content)
+
+    def plan(
+        self, name: str, about: Mapping[str, Any], batches: Batches | AnswerBatches, metric: str, kind: str, remove: int
+    ) -> None:
+        """Make a plan, unless it was made already; what is scored is checked to be the same."""
+        known = self.content["plans"].get(name)
+        if known is not None:
+            if known["fingerprint"] != batches.fingerprint:
+                raise ValueError(
+                    f"The questions or text of {name} changed since they were scored: name another output."
+                )
+            return
+        print(f"Scoring {kind} sites on {name}.", flush=True)
+        settings = {"name": name, "tokens": batches.fingerprint, "config": self.content["config"]}
+        saved = SavedSums(self.folder / "progress.safetensors", settings, 4)
+        table = estimate_influence(
+            self.model,
+            batches,
+            [metric],
+            [kind],
+            sampling=Sampling(),
+            provenance={"model": self.content["config"]["model"], **about, "scored_on": name},
+            watch=tracked,
+            saved=saved,
+        )
+        saved.remove()
+        table.to_json(make_folder(self.folder / "influence") / f"{slug(name)}.json")
+        sites = [str(site) for site in table.plan(metric, [kind], remove).sites]
+        self.content["plans"][name] = {**about, "sites": sites, "fingerprint": batches.fingerprint}
+        self.save()
+
+    def ask(self, task: str, questions: Sequence[Question]) -> None:
+        """Score all plans on a task, unless that was done already."""
+        batches = self.answers(questions, False)
+        known = self.content["tasks"].get(task)
+        if known is not None:
+            if known["fingerprint"] != batches.fingerprint:
+                raise ValueError(f"The questions of {task} changed since they were asked: name another output.")
+            return
+        print(f"Asking {len(questions)} questions of {task}.", flush=True)
+        plans = {name: frozenset(map(Site.parse, plan["sites"])) for name, plan in self.content["plans"].items()}
+        settings = {"task": task, "tokens": batches.fingerprint, "config": self.content["config"]}
+        saved = SavedSums(self.folder / "progress.safetensors", settings, 16)
+        found = answers_of(
+            self.model, batches, plans.values(), lambda items, left: tracked(items, f"Asking {task}", left), saved
+        )
+        saved.remove()
+        options = [len(question.options) for question in questions]
+        scores = {"unpruned": found[UNPRUNED], **{name: found[plan] for name, plan in plans.items()}}
+        self.content["tasks"][task] = {
+            "questions": len(questions),
+            "chance": sum(1 / count for count in options) / len(options),
+            "measure": measure_of(found[UNPRUNED], options),
+            "fingerprint": batches.fingerprint,
+            "answers": {
+                name: {"right": answers.right.tolist(), "likelihood": answers.likelihood.tolist()}
+                for name, answers in scores.items()
+            },
+        }
+        self.save()

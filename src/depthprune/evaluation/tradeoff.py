@@ -1,0 +1,92 @@
+"""What plans made for one task cost on others: scores of single questions, and by which measure a task enters.
+
+Questions are asked as lm-evaluation-harness asks them: the option of least loss is the answer. All plans share their
+common prefixes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from depthprune.data.answers import AnswerBatches
+from depthprune.evaluation.curve import variant_losses
+from depthprune.head import Batch
+from depthprune.saved_sums import SavedSums
+from depthprune.variants import Absent
+
+FAR = 3.0
+"""Standard errors above chance that the unpruned model has to be at for a task to count right and wrong answers."""
+
+MEASURES = ("accuracy", "likelihood")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How one model answers a task.
+
+    Attributes:
+        right: of each question 1 or 0, ``(N,)``: whether the right option has the least loss of all.
+        likelihood: of each question, ``(N,)``: the mean log-likelihood of the right answer's tokens, in nats.
+    """
+
+    right: np.ndarray
+    likelihood: np.ndarray
+
+    def of(self, measure: str) -> np.ndarray:
+        """The scores by a measure, ``(N,)``; higher is better."""
+        return self.right if measure == "accuracy" else self.likelihood
+
+
+def answers_of(
+    model: PreTrainedModel,
+    batches: AnswerBatches,
+    variants: Iterable[Absent],
+    watch: Callable[[Iterable[Batch], int], Iterator[Batch]] = lambda items, _: iter(items),
+    saved: SavedSums | None = None,
+    name: str = "answers",
+) -> dict[Absent, Answers]:
+    """How variants answer questions, with nothing in the removed places; the unpruned model is added.
+
+    Args:
+        model: the model.
+        batches: every option of every question.
+        variants: the absent sites of each.
+        watch: goes through the batches, of which so many are left, and shows how far it is.
+        saved: keeps the sums on the way, and takes up those of a run before.
+        name: of the pass in ``saved``.
+    """
+    losses = variant_losses(model, batches, variants, None, watch, saved, name)
+    return {absent: _answers(batches, loss.nats, loss.tokens) for (_, absent), loss in losses.items()}
+
+
+def _answers(batches: AnswerBatches, nats: np.ndarray, tokens: np.ndarray) -> Answers:
+    """Scores by question from sums by answer."""
+    best: dict[int, tuple[float, bool]] = {}
+    likelihood: dict[int, float] = {}
+    for answer, loss, count in zip(batches.answers, nats.tolist(), tokens.tolist(), strict=True):
+        if answer.question not in best or loss < best[answer.question][0]:
+            best[answer.question] = (loss, answer.is_right)
+        if answer.is_right:
+            likelihood[answer.question] = -loss / count
+    order = sorted(best)
+    return Answers(
+        np.array([float(best[number][1]) for number in order]), np.array([likelihood[number] for number in order])
+    )
+
+
+def measure_of(unpruned: Answers, options: Sequence[int]) -> str:
+    """By which measure a task enters: right answers where the unpruned model is clearly above chance, else likelihood.
+
+    Args:
+        unpruned: its answers.
+        options: of each question, how many there are to choose from.
+    """
+    chance = float(np.mean([1 / count for count in options]))
+    rate, count = float(unpruned.right.mean()), len(unpruned.right)
+    error = math.sqrt(max(rate * (1 - rate), 1 / count) / count)
+    return "accuracy" if rate - chance > FAR * error else "likelihood"
