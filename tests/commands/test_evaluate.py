@@ -94,6 +94,18 @@ def test_every_kind_of_variant(workshop: Workshop, tasks: Path, fitted: Path, tm
     assert all(f"| {name} |" in shown for name in found)
 
 
+def test_a_refit_plan_is_fitted_to_the_text(workshop: Workshop, tasks: Path, tmp_path: Path) -> None:
+    """Though nothing stands in its removed sites."""
+    PruningPlan.of("block.2", replacement="refit").save(tmp_path / "plan.json")
+    flags = ["--plan", tmp_path / "plan.json", "--text.path", workshop.text, "--sequence_length", LENGTH]
+    assert run("prune", "--model", workshop.model, *flags, "--sequences", 4, "--output", tmp_path / "folder") == 0
+    variants = {"plan": tmp_path / "plan.json", "folder": tmp_path / "folder"}
+    assert run(*command(workshop, tasks, tmp_path / "out", variants)) == 0
+    found = results(tmp_path / "out")["variants"]
+    for domain, sums in found["plan"]["domains"].items():
+        assert sums["nats"] == pytest.approx(found["folder"]["domains"][domain]["nats"], rel=1e-5)
+
+
 def test_a_folder_in_another_dtype_is_measured_in_the_same(workshop: Workshop, tasks: Path, tmp_path: Path) -> None:
     """Else its cache would be half as large, and its losses those of rounded weights alone."""
     model, tokenizer = load(workshop.model)

@@ -100,7 +100,7 @@ def tradeoff(
         fabric = start_fabric(accelerator)
         causal_lm, tokenizer = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
         torch.nn.Module.to(causal_lm, fabric.device)
-        sites = Anatomy.of(causal_lm).sites([kind])
+        sites = Anatomy.of(causal_lm).sites((kind,))
         if remove > len(sites):
             raise ValueError(f"Cannot remove {remove} of {len(sites)} {kind} sites: choose fewer.")
         weights = unpruned_fingerprint(causal_lm).weights

@@ -70,9 +70,10 @@ class Source:
 
     @property
     def needs_text(self) -> bool:
-        """Whether what stands in the removed sites is fitted to text when it is opened."""
-        bare = self.plan is None or all(removal.is_bare for removal in self.plan.removals)
-        return self.trained is None and not bare
+        """Whether something is fitted to text when it is opened: replacements, or kept layers beside the cut."""
+        if self.trained is not None or self.plan is None:
+            return False
+        return any(removal.replacement != "none" for removal in self.plan.removals)
 
 
 @contextmanager
