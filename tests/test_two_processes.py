@@ -68,7 +68,7 @@ def test_evaluation(workshop: Workshop, tmp_path: Path) -> None:
     ]
     arguments += ["--harness.include_path", tmp_path / "tasks", "--harness.batch_size", 2, "--sequence_length", LENGTH]
     arguments += ["--variants", json.dumps({"pruned": str(tmp_path / "plan.json")})]
-    arguments += ["--test_sequences", 5, "--calibration_sequences", 4]
+    arguments += ["--test_sequences", 5, "--calibration_sequences", 4, "--recognition", "null"]
     arguments += ["--health", '{"prompts": 3, "prompt_tokens": 6, "new_tokens": 8, "problems": 4}']
     assert run(*arguments, "--output", tmp_path / "one") == 0
     said = in_two_processes(*arguments, "--devices", 2, "--output", tmp_path / "two")
