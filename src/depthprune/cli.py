@@ -31,6 +31,7 @@ COMMANDS = {
     ),
     "curve": ("depthprune.commands.curve:curve", "held-out loss by how many sites go, for every metric of a table"),
     "tradeoff": ("depthprune.commands.tradeoff:tradeoff", "what a plan made for one task costs on the others"),
+    "recommend": ("depthprune.commands.recommend:recommend", "which metric to prune by, from curves and trade-offs"),
     "ablate": ("depthprune.commands.ablate:ablate", "recover the same sites in several ways, on disjoint samples"),
     "generate": ("depthprune.commands.generate:generate", "write a model's own continuations, to train on"),
     "compare": ("depthprune.commands.compare:compare", "how far influence tables agree: compare a.json b.json"),
@@ -38,6 +39,9 @@ COMMANDS = {
     "fetch": ("depthprune.commands.fetch:fetch", "fetch embedded models and texts now"),
 }
 """Each command's room and function, and its line in the help."""
+
+LISTS = {"compare": "--tables", "recommend": "--results"}
+"""Commands whose files need no flag, and the flag that they stand for."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(version("depthprune"))
         return 0
-    if command == "compare":
-        rest = _with_tables(rest)
+    if command in LISTS:
+        rest = _with_flag(LISTS[command], rest)
     keep_freed_memory()
     from jsonargparse import ArgumentError
 
@@ -112,11 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _with_tables(arguments: Sequence[str]) -> list[str]:
-    """The tables that are named without a flag, as the flag that takes a list of them."""
+def _with_flag(flag: str, arguments: Sequence[str]) -> list[str]:
+    """The files that are named without a flag, as the flag that takes a list of them."""
     count = next((place for place, part in enumerate(arguments) if part.startswith("-")), len(arguments))
     flags = list(arguments[count:])
-    return ["--tables", json.dumps(list(arguments[:count])), *flags] if count else flags
+    return [flag, json.dumps(list(arguments[:count])), *flags] if count else flags
 
 
 def _config_files(arguments: Sequence[str]) -> str:

@@ -103,6 +103,7 @@ def tradeoff(
         sites = Anatomy.of(causal_lm).sites((kind,))
         if remove > len(sites):
             raise ValueError(f"Cannot remove {remove} of {len(sites)} {kind} sites: choose fewer.")
+        content["sites"] = len(sites)
         weights = unpruned_fingerprint(causal_lm).weights
         if content.setdefault("weights", weights) != weights:
             raise ValueError(f"The model changed since {folder / RESULTS} was begun: name another output.")

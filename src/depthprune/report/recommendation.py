@@ -1,0 +1,102 @@
+"""The decision rule as Markdown and for a terminal: which metric for which kind of site and share, with its regret."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from depthprune.evaluation.domains import Interval
+from depthprune.evaluation.rules import Rule, TaskRule
+from depthprune.report.markdown import escaped, gap_text, starred
+from depthprune.report.markdown import table as markdown_table
+from depthprune.sites import PLURALS
+
+TASK_COLUMNS = (
+    *("sites", "share removed", "measure", "tasks", "make the plan on"),
+    *("own plan gains", "plans for other tasks gain", "oracle gains"),
+)
+PER = {"accuracy": (100.0, "points"), "likelihood": (1.0, "nats/token")}
+
+
+def share_text(low: float, high: float) -> str:
+    """A range of shares, such as ``"10% to 20%"``."""
+    return f"up to {high:.0%}" if low == 0 else f"over {low:.0%}" if high == 1 else f"{low:.0%} to {high:.0%}"
+
+
+def recommendation_report(
+    model: str, rules: Sequence[Rule], task_rules: Sequence[TaskRule], silent: Sequence[tuple[str, float, float]]
+) -> str:
+    """The rules as Markdown.
+
+    Args:
+        model: whose they are.
+        rules: for text.
+        task_rules: for multiple-choice tasks.
+        silent: kinds of site and shares without data.
+    """
+    parts = [
+        f"# Which metric to prune by: {escaped(model)}",
+        "The recommended metric is the cheapest one whose plans are not worse beyond noise than those of the best one. "
+        "Regret is the loss above the best metric's plans, in nats per token on the same held-out documents, with its "
+        "95% interval by bootstrap over documents; nothing stands in the removed places.",
+        "## On text",
+    ]
+    body = [
+        [
+            PLURALS[rule.kind],
+            share_text(rule.low, rule.high),
+            f"**`{rule.recommended}`**",
+            gap_text(rule.regrets[rule.recommended]) if rule.recommended != rule.best else "0, the best",
+            f"`{rule.best}`",
+            "; ".join(f"`{name}` {starred(regret)}" for name, regret in rule.regrets.items() if name != rule.best),
+            str(rule.points),
+            str(rule.documents),
+        ]
+        for rule in rules
+    ]
+    header = ["sites", "share removed", "take", "its regret", "best", "regret of the others", "points", "documents"]
+    parts.append(markdown_table(header, body, words=6) if body else "No curve says anything about text.")
+    if task_rules:
+        parts += [
+            "## On multiple-choice tasks",
+            "Whether influence on a task's own questions makes a better plan for it than influence on a text.",
+            markdown_table(
+                TASK_COLUMNS,
+                [_task_row(rule) for rule in task_rules],
+                words=5,
+            ),
+        ]
+    if silent:
+        lines = [f"- {PLURALS[kind]}, {share_text(low, high)}" for kind, low, high in silent]
+        parts += ["## Where the data is silent", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _task_row(rule: TaskRule) -> list[str]:
+    scale, unit = PER[rule.measure]
+
+    def shown(gap: Interval | None) -> str:
+        return "–" if gap is None else starred(Interval(scale * gap.value, scale * gap.low, scale * gap.high))
+
+    return [
+        PLURALS[rule.kind],
+        f"{rule.share:.0%}",
+        f"{rule.measure}, {unit}",
+        ", ".join(map(escaped, rule.tasks)),
+        f"**{rule.recommended}**",
+        shown(rule.own),
+        shown(rule.others),
+        shown(rule.oracle),
+    ]
+
+
+def console_table(rules: Sequence[Rule]) -> Table:
+    """The rules for text in a terminal."""
+    table = Table(title="Which metric to take (regret in nats/token, 95% interval)", title_justify="left", box=None)
+    for column in ("sites", "share removed", "take", "regret", "best"):
+        table.add_column(column, justify="right" if column == "regret" else "left")
+    for rule in rules:
+        regret = "0" if rule.recommended == rule.best else gap_text(rule.regrets[rule.recommended])
+        table.add_row(PLURALS[rule.kind], share_text(rule.low, rule.high), rule.recommended, regret, rule.best)
+    return table

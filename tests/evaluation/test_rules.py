@@ -1,0 +1,115 @@
+"""Rules from curves and trade-offs made by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from depthprune.evaluation.rules import cost_of, rules_of, silent_about, task_rules_of
+from depthprune.influence.registry import METRICS
+
+DOCUMENTS = 40
+
+
+def curve(
+    excess: dict[str, float], removed: tuple[int, ...] = (2, 3), kind: str = "block", seed: int = 0
+) -> dict[str, Any]:
+    """A curve of 30 sites in which metrics cost so much more than the best one."""
+    generator = np.random.default_rng(seed)
+    tokens = generator.integers(20, 60, DOCUMENTS)
+    rows = []
+    for number in removed:
+        base = 3.0 + 0.1 * number + generator.normal(0, 0.3, DOCUMENTS)
+        for metric, more in excess.items():
+            noise = generator.normal(0, 0.02, DOCUMENTS)
+            rows += [
+                {
+                    "domain": "news",
+                    "metric": metric,
+                    "kind": kind,
+                    "replacement": replacement,
+                    "removed": number,
+                    "of": 30,
+                    "nats": (tokens * (base + sign * more + noise)).tolist(),
+                }
+                for replacement, sign in (("none", 1), ("emulated_update", -5))  # which must not count
+            ]
+    return {"domains": {"news": {"tokens": tokens.tolist(), "bytes": (4 * tokens).tolist()}}, "rows": rows}
+
+
+def test_the_cheapest_of_those_within_noise_is_recommended() -> None:
+    (rule,) = rules_of([curve({"leave_one_out_loss": 0.0, "taylor": 0.0, "cosine": 0.0, "l2": 0.3})])
+    assert (rule.kind, rule.low, rule.high) == ("block", 0.0, 0.1)  # 2 and 3 of 30
+    assert rule.recommended == "cosine"
+    assert (rule.points, rule.documents) == (2, DOCUMENTS)
+    assert rule.regrets["l2"].value == pytest.approx(0.3, abs=0.02)
+    assert rule.regrets["l2"].low > 0.25
+    assert rule.regrets[rule.best].value == 0.0
+
+
+def test_a_dear_metric_is_recommended_where_it_is_better_beyond_noise() -> None:
+    (rule,) = rules_of([curve({"shapley_loss": 0.0, "leave_one_out_loss": 0.2, "cosine": 0.25})])
+    assert rule.recommended == rule.best == "shapley_loss"
+
+
+def test_curves_are_pooled_and_what_one_lacks_does_not_enter() -> None:
+    one = curve({"cosine": 0.0, "l2": 0.1, "random": 0.9})
+    other = curve({"cosine": 0.4, "l2": 0.1}, seed=1)
+    (rule,) = rules_of([one, other])
+    assert list(rule.regrets) == ["l2", "cosine"]
+    assert rule.documents == 2 * DOCUMENTS
+    weights = [sum(part["domains"]["news"]["tokens"]) for part in (one, other)]
+    expected = (-0.1 * weights[0] + 0.3 * weights[1]) / sum(weights)
+    assert rule.regrets["cosine"].value == pytest.approx(expected, abs=0.01)
+
+
+def test_shares_are_apart_and_what_is_not_measured_is_said() -> None:
+    rules = rules_of([curve({"cosine": 0.0, "l2": 0.1}, removed=(3, 6, 10, 15)), curve({"cosine": 0.0}, kind="mlp")])
+    assert [(rule.high, rule.points) for rule in rules] == [(0.1, 1), (0.2, 1), (1 / 3, 1), (1.0, 1)]
+    silent = silent_about(rules)
+    assert {kind for kind, *_ in silent} == {"attention", "mlp"}  # a metric alone is no choice
+    assert len(silent) == 8
+
+
+def test_every_metric_has_a_cost() -> None:
+    costs = {name: cost_of(name) for name in METRICS}
+    assert costs["random"] < costs["cosine"] < costs["taylor"] < costs["leave_one_out_loss"] < costs["shapley_loss"]
+    assert all(cost >= 1 for name, cost in costs.items() if name not in ("random", "reverse_order", "magnitude"))
+
+
+def test_tasks() -> None:
+    generator = np.random.default_rng(0)
+
+    def answers(rate: float) -> dict[str, list[float]]:
+        right = (generator.random(600) < rate).astype(float).tolist()
+        return {"right": right, "likelihood": generator.normal(rate, 0.1, 600).tolist()}
+
+    plans = {
+        "news": {"source": "text"},
+        "one": {"source": "task", "task": "one"},
+        "two": {"source": "task", "task": "two"},
+        "three": {"source": "task", "task": "three"},
+    }
+    rates = {"news": 0.5, "one": 0.5, "two": 0.5, "three": 0.5}
+    tasks: dict[str, Any] = {
+        task: {"measure": measure, "answers": {name: answers(rates[name] + 0.3 * (name == task)) for name in plans}}
+        for task, measure in (("one", "accuracy"), ("two", "accuracy"), ("three", "likelihood"))
+    }
+    content = {"config": {"kind": "attention", "remove": 10}, "sites": 30, "plans": plans, "tasks": tasks}
+    by_accuracy, by_likelihood = task_rules_of([content])
+    assert (by_accuracy.tasks, by_likelihood.tasks) == (("one", "two"), ("three",))
+    gaps = np.concatenate(
+        [
+            np.subtract(tasks[task]["answers"][task]["right"], tasks[task]["answers"]["news"]["right"])
+            for task in ("one", "two")
+        ]
+    )
+    assert by_accuracy.own.value == pytest.approx(gaps.mean())
+    assert by_accuracy.recommended == "own questions"
+    assert abs(by_accuracy.others.value) < 0.05
+    assert by_accuracy.oracle is None
+    assert by_accuracy.share == pytest.approx(1 / 3)
+    tasks["three"]["answers"]["three"] = tasks["three"]["answers"]["news"]
+    assert list(task_rules_of([content]))[1].recommended == "text"
