@@ -15,7 +15,6 @@ LAYERS = [
     {
         "names",
         "nulls",
-        "configuration",
         "memory",
         "files",
         "progress",
@@ -28,7 +27,14 @@ LAYERS = [
         "shards",
         "covariances",
     },
-    {"recovery.regression", "sites", "replacements.base", "embedded_catalogue", "recovery.checkpoints"},
+    {
+        "configuration",
+        "recovery.regression",
+        "sites",
+        "replacements.base",
+        "embedded_catalogue",
+        "recovery.checkpoints",
+    },
     {"replacements.constants", "replacements.maps", "embedded"},
     {"replacements.kept"},
     {"replacements.registry"},

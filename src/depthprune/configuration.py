@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from depthprune.files import read_json
 
 
 def as_data(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,3 +36,30 @@ def check_config(folder: Path, what: str, saved: Mapping[str, Any], config: Mapp
             f"{folder} holds {what} with another configuration ({', '.join(differing)} differ): name another output, "
             "or remove it."
         )
+
+
+def saved_results(
+    path: Path, what: str, version: tuple[str, int], config: Mapping[str, Any], parts: Sequence[str]
+) -> dict[str, Any]:
+    """The results so far of a command that goes on where it stopped; those of one that has not begun if there are none.
+
+    Args:
+        path: the JSON file.
+        what: it holds, with its article.
+        version: the key that says what it is, and the version.
+        config: the present configuration.
+        parts: what the results hold beside it, each by name.
+
+    Raises:
+        ValueError: the file is damaged, or holds results of another configuration.
+    """
+    (key, number), noun = version, what.split(" ", 1)[1]
+    if not path.exists():
+        return {key: number, "config": dict(config), **{part: {} for part in parts}}
+    content = read_json(path, f"{what}'s results")
+    is_one = isinstance(content, dict) and all(isinstance(content.get(part), dict) for part in ("config", *parts))
+    if not is_one or content.get(key) != number:
+        raise ValueError(f"{path} is no {noun} of this version: remove it, or name another output.")
+    check_config(path.parent, what, content["config"], config)
+    print(f"Going on with the {noun} in {path.parent}.")
+    return content

@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from depthprune.anatomy import Anatomy, unpruned_fingerprint
-from depthprune.configuration import as_data, check_config
+from depthprune.configuration import as_data, saved_results
 from depthprune.data.answers import AnswerBatches, halves, open_answers
 from depthprune.data.batches import Batches
 from depthprune.data.module import one_text
@@ -22,7 +22,7 @@ from depthprune.devices import start_fabric
 from depthprune.evaluation.curve import UNPRUNED
 from depthprune.evaluation.tradeoff import answers_of, measure_of
 from depthprune.figures import write_figures
-from depthprune.files import make_folder, only_writer, read_json, write_json
+from depthprune.files import make_folder, only_writer, write_json
 from depthprune.influence.ablation import Sampling
 from depthprune.influence.estimate import estimate_influence
 from depthprune.influence.registry import METRICS
@@ -95,7 +95,8 @@ def tradeoff(
         raise ValueError("score_questions, test_questions and remove must be 1 or more.")
     folder = make_folder(output)
     with only_writer(folder, "tradeoff"):
-        content = _open(folder, config)
+        version = ("depthprune_tradeoff", VERSION)
+        content = saved_results(folder / RESULTS, "a trade-off", version, config, ["plans", "tasks"])
         asked = {task: _questions(task, score_questions, test_questions) for task in tasks}
         fabric = start_fabric(accelerator)
         causal_lm, tokenizer = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
@@ -126,23 +127,6 @@ def tradeoff(
         command = ["depthprune", "prune", "--model", model, "--influence", str(table), "--metric", metric]
         command += ["--kinds", f"[{kind}]", "--remove", str(remove), "--output", "checkpoints/pruned"]
         print(f"Next: {shlex.join(command)}")
-
-
-def _open(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The results so far.
-
-    Raises:
-        ValueError: the file is damaged, or holds those of another configuration.
-    """
-    path = folder / RESULTS
-    if not path.exists():
-        return {"depthprune_tradeoff": VERSION, "config": dict(config), "plans": {}, "tasks": {}}
-    content = read_json(path, "a trade-off's results")
-    if not isinstance(content, dict) or content.get("depthprune_tradeoff") != VERSION:
-        raise ValueError(f"{path} is no trade-off of this version: remove it, or name another output.")
-    check_config(folder, "a trade-off", content["config"], config)
-    print(f"Going on with the trade-off in {folder}.")
-    return content
 
 
 def _questions(task: str, score: int, test: int) -> tuple[list[Question], list[Question]]:

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from depthprune.configuration import check_config
+from depthprune.configuration import saved_results
 from depthprune.evaluation.domains import DomainLoss
 from depthprune.evaluation.harness import TaskScores, short_name
-from depthprune.files import read_json
 
 RESULTS = "evaluation.json"
 VERSION = 1
@@ -24,17 +23,8 @@ def open_results(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged, or holds those of another configuration.
     """
-    path = folder / RESULTS
-    if not path.exists():
-        return {"depthprune_evaluation": VERSION, "config": dict(config), "variants": {}}
-    content = read_json(path, "an evaluation's results")
-    parts = ("config", "variants")
-    is_one = isinstance(content, dict) and all(isinstance(content.get(part), dict) for part in parts)
-    if not is_one or content.get("depthprune_evaluation") != VERSION:
-        raise ValueError(f"{path} is no evaluation of this version: remove it, or name another output.")
-    check_config(folder, "an evaluation", content["config"], config)
-    print(f"Going on with the evaluation in {folder}.")
-    return content
+    version = ("depthprune_evaluation", VERSION)
+    return saved_results(folder / RESULTS, "an evaluation", version, config, ["variants"])
 
 
 def names_of_figures(domains: list[str], tasks: Mapping[str, list[str]], probes: Sequence[str]) -> list[str]:
