@@ -83,6 +83,7 @@ LAYERS = [
         "influence.baselines",
         "influence.costs",
         "influence.agreement",
+        "influence.dependence",
         "recovery.fitting",
         "recovery.scoring",
         "recovery.shared_prefix",

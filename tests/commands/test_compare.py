@@ -37,6 +37,14 @@ def test_says_how_far_two_tables_agree(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"{spearmanr(ONE, OTHER).statistic:.3f}" in printed
 
 
+def test_says_on_what_the_order_depends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = written(tmp_path / "a.json", ONE), written(tmp_path / "b.json", OTHER, text="quac")
+    assert run("compare", one, other, "--output", tmp_path / "out") == 0
+    assert "Of the variance of the blocks' ranks goes with: text 100%, interactions 0%." in capsys.readouterr().out
+    shares = json.loads((tmp_path / "out" / "compare.json").read_text())["variance_shares"]
+    assert shares == {"block": {"text": pytest.approx(1.0), "interactions": pytest.approx(0.0)}}
+
+
 def test_several_samples_of_one_text_are_numbered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [written(tmp_path / f"{name}.json", ONE) for name in "abc"]
     assert run("compare", *paths) == 0

@@ -13,6 +13,7 @@ from rich.table import Table
 from depthprune.figures import write_figure
 from depthprune.files import make_folder, write_json
 from depthprune.influence.agreement import COEFFICIENTS, correlation, overlap
+from depthprune.influence.dependence import METRIC, levels_of, variance_shares
 from depthprune.influence.figures import matrix_figure
 from depthprune.influence.table import InfluenceTable
 from depthprune.sites import KINDS, PLURALS, Site
@@ -22,6 +23,9 @@ FIRST = (3, 6, 10)
 
 def compare(tables: Sequence[str], output: str | None = None, first: Sequence[int] = FIRST) -> None:
     """Compare influence tables of one model: rank correlations, and how many of the first sites they share.
+
+    Where the tables are a full grid of texts, numbers of tokens, sequence lengths or seeds, also how much of the
+    variance of the sites' ranks goes with each of them, and with the metric.
 
     Args:
         tables: two or more influence.json, also without the flag: depthprune compare a.json b.json.
@@ -48,11 +52,38 @@ def compare(tables: Sequence[str], output: str | None = None, first: Sequence[in
     for title, (name, table) in zip(titles, loaded.items(), strict=True):
         print(f"{title}: {name}, {_material(table, 'unknown text')}, {table.provenance.get('tokens', '?')} tokens")
     Console().print(_shown(rows, first))
+    shares = _dependence(list(loaded.values()))
+    for kind, found in shares.items():
+        parts = ", ".join(f"{factor} {share:.0%}" for factor, share in found.items())
+        print(f"Of the variance of the {PLURALS[kind]}' ranks goes with: {parts}.")
     if output is not None:
         folder = make_folder(output)
-        write_json(folder / "compare.json", {"tables": dict(zip(titles, map(str, loaded), strict=True)), "rows": rows})
+        names = dict(zip(titles, map(str, loaded), strict=True))
+        write_json(folder / "compare.json", {"tables": names, "rows": rows, "variance_shares": shares})
         write_figure(matrix_figure(_matrices(rows, titles), "Spearman's rank correlation"), folder / "compare.png")
         print(f"Wrote compare.json and compare.png to {folder}.")
+
+
+def _dependence(tables: Sequence[InfluenceTable]) -> dict[str, dict[str, float]]:
+    """By kind of site, how much its order depends on each thing that differs between tables, and on the metric.
+
+    Only metrics that all tables have enter, and kinds for which the tables are a full grid of what differs.
+    """
+    metrics = [name for name in tables[0].metrics if all(name in table.metrics for table in tables)]
+    found = {}
+    for kind in KINDS:
+        levels, columns = [], []
+        for table in tables:
+            for metric in metrics:
+                column = {site: value for site, value in table.of_metric(metric).items() if site.kind == kind}
+                if column:
+                    levels.append({**levels_of(table), METRIC: metric})
+                    columns.append(column)
+        if columns and all(set(column) == set(columns[0]) for column in columns):
+            shares = variance_shares(levels, columns)
+            if shares:
+                found[kind] = shares
+    return found
 
 
 def _titles(tables: dict[str, InfluenceTable]) -> list[str]:
