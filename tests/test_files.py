@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from depthprune.files import make_folder, read_json, whole_file, whole_folder, write_json, write_text
+from depthprune.files import fingerprint, make_folder, read_json, whole_file, whole_folder, write_json, write_text
 
 
 def no_space(*_: Any, **__: Any) -> NoReturn:
@@ -133,3 +133,20 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"a": ')
     with pytest.raises(ValueError, match=r"is not a plan: it is not valid JSON"):
         read_json(tmp_path / "x.json", "a plan")
+
+
+def test_a_fingerprint_changes_with_names_sizes_and_both_ends(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "weights").write_bytes(b"a" * 3_000_000)
+    found = [fingerprint(folder), fingerprint(folder / "weights")]
+    for change in (b"b" + b"a" * 2_999_999, b"a" * 2_999_999 + b"b", b"a" * 3_000_001):
+        (folder / "weights").write_bytes(change)
+        found += [fingerprint(folder), fingerprint(folder / "weights")]
+    (folder / "weights").rename(folder / "other")
+    found.append(fingerprint(folder))
+    assert len(set(found)) == len(found)
+    (folder / "other").rename(folder / "weights")
+    (folder / "weights").write_bytes(b"a" * 3_000_000)
+    assert [fingerprint(folder), fingerprint(folder / "weights")] == found[:2]
+    assert fingerprint("organisation/model") != fingerprint("organisation/other")

@@ -1,6 +1,7 @@
 """Files that are whole or not there: written under a temporary name, then renamed."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+ENDS = 1 << 20  # bytes at a file's start and end that stand for it in a fingerprint
 
 
 @contextmanager
@@ -131,6 +134,27 @@ def _shown(path: Path) -> str:
     """A path for a message, also where it is no text or very long."""
     text = str(path).encode("utf-8", "replace").decode("utf-8")
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def fingerprint(path: Path | str) -> str:
+    """A hash of a file, or of all files in a folder: of their names, sizes, and first and last bytes.
+
+    Of what is no path here, such as a name on the hub, the name.
+    """
+    digest, start = hashlib.sha256(), Path(path).expanduser()
+    files = sorted(start.rglob("*")) if start.is_dir() else [start]
+    for file in files:
+        digest.update(file.relative_to(start).as_posix().encode() if file != start else b"")
+        if file.is_file():
+            size = file.stat().st_size
+            digest.update(f" {size} ".encode())
+            with file.open("rb") as content:
+                digest.update(content.read(ENDS))
+                content.seek(max(0, size - ENDS))
+                digest.update(content.read(ENDS))
+        elif not start.exists():
+            digest.update(str(path).encode())
+    return digest.hexdigest()[:16]
 
 
 def check_new_folder(folder: Path | str) -> Path:

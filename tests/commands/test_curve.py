@@ -205,6 +205,10 @@ def test_what_cannot_be_drawn(workshop: Workshop, table: Path, tmp_path: Path) -
     assert "scales has 0.0: give finite numbers" in refusal(
         *command(workshop, table, tmp_path, "--remove", REMOVE, "--scales", "[0]")
     )
+    alike = ["--remove", REMOVE, "--scales", "[0.5, 0.5000001]"]
+    assert "numbers that look alike" in refusal(*command(workshop, table, tmp_path, *alike))
+    huge = ["--remove", REMOVE, "--scales", "[1e38]", "--dtype", "float16"]
+    assert "and 1e+38 emulated_update in their place" in refusal(*command(workshop, table, tmp_path, *huge))
     assert "has a number twice" in refusal(
         *command(workshop, table, tmp_path, "--remove", REMOVE, "--scales", "[1, 1]")
     )

@@ -142,7 +142,34 @@ def test_killed_and_resumed(workshop: Workshop, tasks: Path, tmp_path: Path) -> 
     part["config"]["model"] = str(other)
     (tmp_path / "again" / "evaluation.json").write_text(json.dumps(part))
     changed = [other if part == workshop.model else part for part in again]
-    assert "The model or the text changed" in refusal(*changed)
+    assert "changed since it began (weights" in refusal(*changed)
+
+
+def test_a_variant_or_question_that_changed_is_not_gone_on_with(
+    workshop: Workshop, tasks: Path, tmp_path: Path
+) -> None:
+    own = shutil.copytree(tasks, tmp_path / "tasks")
+    PruningPlan.of("block.2").save(tmp_path / "plan.json")
+    again = command(workshop, own, tmp_path / "out", {"pruned": tmp_path / "plan.json"})
+    assert run(*again) == 0
+    PruningPlan.of("block.3").save(tmp_path / "plan.json")
+    assert "changed since it began (variants)" in refusal(*again)
+    PruningPlan.of("block.2").save(tmp_path / "plan.json")
+    rows = (own / "questions.jsonl").read_text()
+    (own / "questions.jsonl").write_text(rows.replace("What is 1", "What was 1"))
+    assert "changed since it began (questions, tasks)" in refusal(*again)
+    (own / "questions.jsonl").write_text(rows)
+    assert run(*again) == 0
+
+
+def test_a_variant_without_a_finite_loss_is_named(workshop: Workshop, tasks: Path, tmp_path: Path) -> None:
+    model, tokenizer = load(workshop.model)
+    with torch.no_grad():
+        next(iter(model.get_decoder().parameters())).fill_(float("nan"))
+    save(model, tokenizer, tmp_path / "broken")
+    said = refusal(*command(workshop, tasks, tmp_path / "out", {"broken": tmp_path / "broken"}))
+    assert "The loss of broken on news is not finite" in said
+    assert "unpruned" in results(tmp_path / "out")["variants"]
 
 
 def test_gates(workshop: Workshop, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

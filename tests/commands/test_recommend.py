@@ -63,8 +63,8 @@ def test_refusals(curve: Path, tmp_path: Path) -> None:
     assert "There are no results" in refusal("recommend", "--results", "[]", *out)
     assert "is named twice" in refusal("recommend", curve, curve, *out)
     other = json.loads(curve.read_text())
-    (tmp_path / "other.json").write_text(json.dumps(other | {"model": "another"}))
-    assert "of several models" in refusal("recommend", curve, tmp_path / "other.json", *out)
+    (tmp_path / "other.json").write_text(json.dumps(other | {"model": "another", "weights": "1"}))
+    assert "of models with different weights" in refusal("recommend", curve, tmp_path / "other.json", *out)
     (tmp_path / "old.json").write_text(json.dumps(other | {"depthprune_curve": 1}))
     assert "neither a curve nor a finished trade-off of this version" in refusal(
         "recommend", tmp_path / "old.json", *out
@@ -73,4 +73,10 @@ def test_refusals(curve: Path, tmp_path: Path) -> None:
         json.dumps(other | {"rows": [row for row in other["rows"] if row["metric"] == "cosine"]})
     )
     assert "a curve of two metrics" in refusal("recommend", tmp_path / "one.json", *out)
+    (tmp_path / "same.json").write_text(curve.read_text())
+    assert "hold the same results" in refusal("recommend", curve, tmp_path / "same.json", *out)
+    for part in ("rows", "domains", "weights"):
+        damaged = {key: value for key, value in other.items() if key != part}
+        (tmp_path / "damaged.json").write_text(json.dumps(damaged))
+        assert "damaged.json is damaged" in refusal("recommend", tmp_path / "damaged.json", *out)
     assert not (tmp_path / "out").exists()

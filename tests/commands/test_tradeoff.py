@@ -14,6 +14,7 @@ from depthprune.data.answers import halves, open_answers
 from depthprune.data.questions import ChoiceSource, read_questions
 from depthprune.evaluation.tradeoff import answers_of
 from depthprune.influence.estimate import estimate_influence
+from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
 from depthprune.report.tradeoff import agnostic, gain, tradeoff_figure
 from depthprune.sites import Site
@@ -61,18 +62,20 @@ def test_plans_are_of_other_questions_than_are_asked(workshop: Workshop, tasks: 
     assert sources == ["text", "task", "task", "oracle", "oracle"]
     assert agnostic(content) == "news"
     plans = {name: frozenset(map(Site.parse, plan["sites"])) for name, plan in content["plans"].items()}
-    for path in map(str, tasks.values()):
-        questions, _ = read_questions(ChoiceSource(path))
+    for task, path in tasks.items():
+        questions, _ = read_questions(ChoiceSource(str(path)))
         places = halves(questions)
         score, test = ([questions[place] for place in places[role]] for role in ("score", "test"))
         assert not {question.question for question in score} & {question.question for question in test}
-        for name, asked in ((path, score[:6]), (path + " (oracle)", test[:8])):
+        for name, asked in ((task, score[:6]), (task + " (oracle)", test[:8])):
             right = open_answers(asked, tokenizer, LENGTH, 8, only_right=True)
             table = estimate_influence(model, right, ["leave_one_out_loss"], ["attention"])
             plan = table.plan("leave_one_out_loss", ["attention"], 2)
             assert content["plans"][name]["sites"] == [str(site) for site in plan.sites]
+            kept = InfluenceTable.load(whole / content["plans"][name]["table"])
+            assert kept.values == table.values
         found = answers_of(model, open_answers(test[:8], tokenizer, LENGTH, 8), plans.values())
-        about = content["tasks"][path]
+        about = content["tasks"][task]
         assert about["questions"] == len(test[:8])
         assert about["chance"] == pytest.approx(1 / 3)
         for name, absent in {"unpruned": frozenset[Site](), **plans}.items():
@@ -81,7 +84,7 @@ def test_plans_are_of_other_questions_than_are_asked(workshop: Workshop, tasks: 
 
 
 def test_the_report_says_what_a_plan_gains(tasks: dict[str, Path], whole: Path) -> None:
-    content, (task, *_) = results(whole), map(str, tasks.values())
+    content, (task, *_) = results(whole), tasks
     scores = {name: np.array(found["likelihood"]) for name, found in content["tasks"][task]["answers"].items()}
     assert content["tasks"][task]["measure"] == "likelihood"
     assert gain(content, task, task).value == pytest.approx((scores[task] - scores["news"]).mean())
@@ -124,7 +127,11 @@ def test_refusals(workshop: Workshop, tasks: dict[str, Path], tmp_path: Path) ->
     def said(*flags: object) -> str:
         return refusal(*command(workshop, tasks, tmp_path / "out", *flags))
 
-    assert "two or more different tasks" in said("--tasks", "[piqa]")
+    assert "two or more tasks of different names" in said("--tasks", "[piqa]")
+    for name in ("unpruned", "news"):
+        (tmp_path / f"{name}.jsonl").write_text(tasks["colours"].read_text())
+        named = json.dumps([str(tmp_path / f"{name}.jsonl"), str(tasks["colours"])])
+        assert f"The name of the task {name} stands for something else" in said("--tasks", named)
     assert "Did you mean 'openbookqa'" in said("--tasks", "[openbooqa, boolqa]")
     assert "Did you mean 'attention'" in said("--kind", "atention")
     assert "Did you mean 'leave_one_out_loss'" in said("--metric", "leave_one_out_los")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,10 @@ def curve(
                 }
                 for replacement, sign in (("none", 1), ("emulated_update", -5))  # which must not count
             ]
-    return {"domains": {"news": {"tokens": tokens.tolist(), "bytes": (4 * tokens).tolist()}}, "rows": rows}
+    return {
+        "domains": {"news": {"tokens": tokens.tolist(), "bytes": (4 * tokens).tolist(), "fingerprint": str(seed)}},
+        "rows": rows,
+    }
 
 
 def test_the_cheapest_of_those_within_noise_is_recommended() -> None:
@@ -54,15 +58,39 @@ def test_a_dear_metric_is_recommended_where_it_is_better_beyond_noise() -> None:
     assert rule.recommended == rule.best == "shapley_loss"
 
 
-def test_curves_are_pooled_and_what_one_lacks_does_not_enter() -> None:
+def test_different_texts_are_pooled() -> None:
     one = curve({"cosine": 0.0, "l2": 0.1, "random": 0.9})
     other = curve({"cosine": 0.4, "l2": 0.1}, seed=1)
     (rule,) = rules_of([one, other])
-    assert list(rule.regrets) == ["l2", "cosine"]
+    assert list(rule.regrets) == ["l2", "cosine"]  # random is not measured on the other text
     assert rule.documents == 2 * DOCUMENTS
     weights = [sum(part["domains"]["news"]["tokens"]) for part in (one, other)]
     expected = (-0.1 * weights[0] + 0.3 * weights[1]) / sum(weights)
     assert rule.regrets["cosine"].value == pytest.approx(expected, abs=0.01)
+
+
+def test_points_on_one_text_count_its_documents_once() -> None:
+    (first,) = rules_of([curve({"cosine": 0.0, "l2": 0.1}, removed=(2,))])
+    (both,) = rules_of([curve({"cosine": 0.0, "l2": 0.1}, removed=(n,)) for n in (2, 3)])
+    assert (first.documents, both.documents, both.points) == (DOCUMENTS, DOCUMENTS, 2)
+
+
+def test_what_shares_too_few_metrics_is_left_out() -> None:
+    full, alone = curve({"cosine": 0.0, "l2": 0.1, "taylor": 0.3}), curve({"cosine": 5.0, "angular": 0.0}, seed=1)
+    (rule,) = rules_of([alone, full])
+    assert list(rule.regrets) == ["cosine", "l2", "taylor"]
+    assert rule.documents == DOCUMENTS
+
+
+def test_without_an_interval_only_the_best_is_recommended() -> None:
+    content = curve({"leave_one_out_loss": 0.0, "reverse_order": 0.3})
+    for row in content["rows"]:
+        row["nats"] = row["nats"][:1]
+    about = content["domains"]["news"]
+    about["tokens"], about["bytes"] = about["tokens"][:1], about["bytes"][:1]
+    (rule,) = rules_of([content])
+    assert rule.recommended == rule.best == "leave_one_out_loss"
+    assert math.isnan(rule.regrets["reverse_order"].low)
 
 
 def test_shares_are_apart_and_what_is_not_measured_is_said() -> None:
@@ -109,6 +137,15 @@ def test_tasks() -> None:
     assert by_accuracy.own.value == pytest.approx(gaps.mean())
     assert by_accuracy.recommended == "own questions"
     assert abs(by_accuracy.others.value) < 0.05
+    others = np.concatenate(
+        [
+            np.mean([tasks[task]["answers"][name]["right"] for name in plans if name not in ("news", task)], axis=0)
+            - tasks[task]["answers"]["news"]["right"]
+            for task in ("one", "two")
+        ]
+    )
+    half = 1.96 * others.std(ddof=1) / len(others) ** 0.5
+    assert by_accuracy.others.high - by_accuracy.others.value == pytest.approx(half)
     assert by_accuracy.oracle is None
     assert by_accuracy.share == pytest.approx(1 / 3)
     tasks["three"]["answers"]["three"] = tasks["three"]["answers"]["news"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,15 +144,20 @@ def curve(
             )
             for domain, batches in loaders.items()
         }
+        _check_finite(losses)
         rows = _rows(table, plans, losses, [NONE, *standing])
         content: dict[str, Any] = {
             "depthprune_curve": VERSION,
             "model": model,
+            "weights": settings["weights"],
+            "is_finished": True,
             "calibration_tokens": data.calibration_dataloader().token_count if names else 0,
             "influence": dict(table.provenance),
             "blocks": table.fingerprint.architecture["num_hidden_layers"],
             "orders": _orders(table, plans),
-            "domains": {name: _about(data.domains[name], found) for name, found in losses.items()},
+            "domains": {
+                name: _about(data.domains[name], loaders[name].fingerprint, found) for name, found in losses.items()
+            },
             "rows": rows,
         }
         write_json(folder / "curve.json", content)
@@ -160,6 +167,7 @@ def curve(
             "held-out loss by sites removed": ("curve.png", curve_figure(content)),
             "sites removed": ("removed.png", depth_diagram(orders, content["blocks"], is_ordered=True)),
         }
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # points of a run before would stay
         write_figures(folder, figures)
         write_page(folder / "curve.md", curve_report(content))
         _log(folder, content)
@@ -186,7 +194,10 @@ def _names(scales: Sequence[float]) -> dict[float, str]:
             raise ValueError(f"scales has {scale}: give finite numbers other than 0, such as [1.0, 0.5].")
     if len(set(scales)) < len(scales):
         raise ValueError("scales has a number twice: name each once.")
-    return {scale: EMULATED if scale == 1 else f"{scale:g} {EMULATED}" for scale in scales}
+    names = {scale: EMULATED if scale == 1 else f"{scale:g} {EMULATED}" for scale in scales}
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"scales has numbers that look alike ({', '.join(map(repr, scales))}): name one of them.")
+    return names
 
 
 def _standing(
@@ -202,11 +213,28 @@ def _standing(
     return {names[scale]: standing for scale, standing in found.items()}
 
 
-def _about(source: TextSource, losses: Mapping[Variant, DomainLoss]) -> dict[str, Any]:
+def _check_finite(losses: Mapping[str, Mapping[Variant, DomainLoss]]) -> None:
+    """Refuse to draw what is no number.
+
+    Raises:
+        ValueError: a loss is not finite.
+    """
+    for domain, found in losses.items():
+        for (replacement, absent), loss in found.items():
+            if not math.isfinite(loss.loss):
+                sites = ", ".join(map(str, sorted(absent))) or "nothing"
+                raise ValueError(
+                    f"The loss on {domain} is {loss.loss} with {sites} removed and {replacement} in their place: leave "
+                    "that out (metrics, remove or scales), or set dtype to float32."
+                )
+
+
+def _about(source: TextSource, fingerprint: str, losses: Mapping[Variant, DomainLoss]) -> dict[str, Any]:
     """What is put down about a domain."""
     unpruned = losses[NONE, UNPRUNED]
     return {
         "text": source.path,
+        "fingerprint": fingerprint,
         "documents": unpruned.documents,
         "token_count": int(unpruned.tokens.sum()),
         "unpruned_loss": unpruned.loss,

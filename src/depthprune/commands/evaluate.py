@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +30,7 @@ from depthprune.evaluation.health import PROBES, Health, probe
 from depthprune.evaluation.opened import UNPRUNED, Source, opened
 from depthprune.evaluation.recognition import RECOGNITION_PROBES, Recognition, ask_both_ways, read_recognition
 from depthprune.evaluation.results import RESULTS, figures, names_of_figures, open_results
-from depthprune.files import make_folder, only_writer, write_json
+from depthprune.files import fingerprint, make_folder, only_writer, write_json
 from depthprune.loading import load
 from depthprune.progress import tracked
 from depthprune.report.evaluation import console_table, report
@@ -132,10 +134,17 @@ def evaluate(
             "weights": unpruned_fingerprint(unpruned[0]).weights,
             "text": {name: batches.fingerprint for name, batches in loaders.items()}
             | {"calibration": data.calibration_dataloader().fingerprint},
+            "variants": {name: fingerprint(source.path) for name, source in sources.items()},
+            "questions": sha256(repr(asked).encode("utf-8", "surrogatepass")).hexdigest()[:16],
+            "tasks": harness.include_path and fingerprint(harness.include_path),
         }
-        if content.setdefault("stands_on", stands_on) != stands_on:
+        changed = [
+            part for part, found in stands_on.items() if content.setdefault("stands_on", stands_on)[part] != found
+        ]
+        if changed:
             raise ValueError(
-                f"The model or the text changed since the evaluation in {run.folder} began: name another output."
+                f"What the evaluation in {run.folder} stands on changed since it began ({', '.join(changed)}): name "
+                "another output."
             )
         parts: Parts = {("domains", name): partial(_domain, run, batches) for name, batches in loaders.items()}
         if runner is not None:
@@ -149,6 +158,8 @@ def evaluate(
             parts["cost", "speed"] = partial(_cost, timing)
         for name, source in {UNPRUNED: None, **sources}.items():
             measured = content["variants"].setdefault(name, {"domains": {}, "tasks": {}, "health": {}, "cost": {}})
+            if not all(isinstance(measured.get(kind), dict) for kind, _ in parts):
+                raise ValueError(f"{run.folder / RESULTS} is damaged: remove it, or name another output.")
             missing = [part for part in parts if part[1] not in measured[part[0]]]
             if not missing:
                 continue
@@ -157,6 +168,11 @@ def evaluate(
             with nullcontext(unpruned) if source is None else opened(source, *unpruned, fitted, same) as variant:
                 for kind, what in missing:
                     measured[kind][what] = parts[kind, what](variant)
+                    if kind == "domains" and not np.isfinite(measured[kind][what]["nats"]).all():
+                        raise ValueError(
+                            f"The loss of {name} on {what} is not finite: look at that model, set dtype to float32, or "
+                            "leave it out."
+                        )
                     run.save(content)
         said = verdicts(limits, figures(content), UNPRUNED)
         if run.is_first:

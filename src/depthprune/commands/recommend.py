@@ -29,15 +29,19 @@ def recommend(results: Sequence[str], output: str) -> None:
         output: folder for recommendation.json, .md and .html.
     """
     found = _read(results)
-    models = {_model(content) for _, content in found}
-    if len(models) > 1:
-        raise ValueError(f"The results are of several models, {', '.join(sorted(models))}: name those of one.")
     curves, tradeoffs = ([content for _, content in found if name in content] for name in KNOWN)
-    rules, task_rules = rules_of(curves), list(task_rules_of(tradeoffs))
+    try:
+        models = {content["weights"]: _model(content) for _, content in found}
+        rules, task_rules = rules_of(curves), list(task_rules_of(tradeoffs))
+    except (KeyError, TypeError, AttributeError, IndexError, AssertionError, StopIteration, RuntimeError) as error:
+        raise ValueError(f"One of {', '.join(results)} is damaged ({error!r}): make it anew.") from error
+    if len(models) > 1:
+        named = ", ".join(sorted(set(models.values())))
+        raise ValueError(f"The results are of models with different weights ({named}): name those of one.")
     if not rules and not task_rules:
         raise ValueError("A rule needs a curve of two metrics or a finished trade-off: measure one more metric.")
     silent = silent_about(rules)
-    (model,) = models
+    (model,) = models.values()
     folder = make_folder(output)
     with only_writer(folder, "recommend"):
         content = {
@@ -72,15 +76,18 @@ def _read(paths: Sequence[str]) -> list[tuple[Path, dict[str, Any]]]:
         raise ValueError("There are no results: name curve.json or tradeoff.json files.")
     if len({Path(path).resolve() for path in paths}) < len(paths):
         raise ValueError(f"One of {', '.join(paths)} is named twice: name different files.")
-    found = []
+    found: list[tuple[Path, dict[str, Any]]] = []
     for path in map(Path, paths):
         content = read_json(path, "results")
         is_known = isinstance(content, dict) and any(content.get(name) == version for name, version in KNOWN.items())
-        if not is_known or ("tasks" in content and len(content["tasks"]) < len(content["config"]["tasks"])):
+        if not is_known or not content.get("is_finished"):
             raise ValueError(
                 f"{path} holds neither a curve nor a finished trade-off of this version: make one with `depthprune "
                 "curve` or `depthprune tradeoff`."
             )
+        for other, before in found:
+            if before == content:
+                raise ValueError(f"{other} and {path} hold the same results: name each once.")
         found.append((path, content))
     return found
 

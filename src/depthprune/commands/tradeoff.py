@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +20,7 @@ from depthprune.data.module import one_text
 from depthprune.data.questions import ChoiceSource, Question, read_questions
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
+from depthprune.embedded_catalogue import TASKS
 from depthprune.evaluation.curve import UNPRUNED
 from depthprune.evaluation.tradeoff import answers_of, measure_of
 from depthprune.figures import write_figures
@@ -89,15 +91,14 @@ def tradeoff(
         raise unknown_name("kind of site", kind, KINDS)
     if metric not in METRICS:
         raise unknown_name("metric", metric, METRICS)
-    if len(tasks) < 2 or len(set(tasks)) < len(tasks):
-        raise ValueError("tasks needs two or more different tasks: a trade-off is between them.")
+    named = _named(tasks, text.title)
     if min(score_questions, test_questions, remove) < 1:
         raise ValueError("score_questions, test_questions and remove must be 1 or more.")
     folder = make_folder(output)
     with only_writer(folder, "tradeoff"):
         version = ("depthprune_tradeoff", VERSION)
         content = saved_results(folder / RESULTS, "a trade-off", version, config, ["plans", "tasks"])
-        asked = {task: _questions(task, score_questions, test_questions) for task in tasks}
+        asked = {name: _questions(task, score_questions, test_questions) for name, task in named.items()}
         fabric = start_fabric(accelerator)
         causal_lm, tokenizer = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
         torch.nn.Module.to(causal_lm, fabric.device)
@@ -118,15 +119,32 @@ def tradeoff(
             run.plan(task + ORACLE, about, run.answers(test, True), metric, kind, remove)
         for task, (_, test) in asked.items():
             run.ask(task, test)
+        content["is_finished"] = True
+        run.save()
         write_figures(folder, {"task trade-off": ("tradeoff.png", tradeoff_figure(content))})
         write_page(folder / "tradeoff.md", tradeoff_report(content))
         (folder / "progress.safetensors").unlink(missing_ok=True)
         Console().print(console_table(content))
         print(f"Wrote {RESULTS}, tradeoff.html, .md, .png, influence tables and TensorBoard's files to {folder}.")
-        table = folder / "influence" / f"{slug(text.title)}.json"
-        command = ["depthprune", "prune", "--model", model, "--influence", str(table), "--metric", metric]
+        table = str(folder / content["plans"][text.title]["table"])
+        command = ["depthprune", "prune", "--model", model, "--influence", table, "--metric", metric]
         command += ["--kinds", f"[{kind}]", "--remove", str(remove), "--output", "checkpoints/pruned"]
         print(f"Next: {shlex.join(command)}")
+
+
+def _named(tasks: Sequence[str], text: str) -> dict[str, str]:
+    """Tasks by the name that they have in reports: of a file or folder its own, without where it lies.
+
+    Raises:
+        ValueError: there are fewer than two, or two of one name, or one has a name that is taken.
+    """
+    named = {task if task in TASKS else Path(task).stem: task for task in tasks}
+    if len(named) < len(tasks) or len(tasks) < 2:
+        raise ValueError("tasks needs two or more tasks of different names: a trade-off is between them.")
+    taken = {"unpruned", text, *(name + ORACLE for name in named)} & set(named)
+    if taken:
+        raise ValueError(f"The name of the task {min(taken)} stands for something else here: rename its file.")
+    return named
 
 
 def _questions(task: str, score: int, test: int) -> tuple[list[Question], list[Question]]:
@@ -200,11 +218,13 @@ class _Run:
             watch=tracked,
             saved=saved,
         )
-        saved.remove()
-        table.to_json(make_folder(self.folder / "influence") / f"{slug(name)}.json")
+        file = f"influence/{len(self.content['plans']):02}-{slug(name)[:60]}.json"  # no two alike, and none too long
+        make_folder(self.folder / "influence")
+        table.to_json(self.folder / file)
         sites = [str(site) for site in table.plan(metric, [kind], remove).sites]
-        self.content["plans"][name] = {**about, "sites": sites, "fingerprint": batches.fingerprint}
+        self.content["plans"][name] = {**about, "sites": sites, "table": file, "fingerprint": batches.fingerprint}
         self.save()
+        saved.remove()
 
     def ask(self, task: str, questions: Sequence[Question]) -> None:
         """Score all plans on a task, unless that was done already."""
@@ -221,7 +241,8 @@ class _Run:
         found = answers_of(
             self.model, batches, plans.values(), lambda items, left: tracked(items, f"Asking {task}", left), saved
         )
-        saved.remove()
+        if not all(np.isfinite(answers.likelihood).all() for answers in found.values()):
+            raise ValueError(f"A loss on {task} is not finite: remove fewer sites, or set dtype to float32.")
         options = [len(question.options) for question in questions]
         scores = {"unpruned": found[UNPRUNED], **{name: found[plan] for name, plan in plans.items()}}
         self.content["tasks"][task] = {
@@ -235,3 +256,4 @@ class _Run:
             },
         }
         self.save()
+        saved.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -44,7 +45,7 @@ def curve_figure(content: Mapping[str, Any]) -> Figure:
         for axes, domain in zip(panels, domains, strict=True):
             unpruned = content["domains"][domain]["unpruned_loss"]
             for number, metric in enumerate(metrics):
-                for line, replacement in zip(REPLACEMENT_LINES, replacements, strict=False):
+                for line, replacement in zip(cycle(REPLACEMENT_LINES), replacements, strict=False):
                     chosen = (metric, replacement, domain)
                     points = [r for r in mine if (r["metric"], r["replacement"], r["domain"]) == chosen]
                     _draw(axes, sorted(points, key=lambda row: row["removed"]), unpruned, number, line)
@@ -62,7 +63,7 @@ def curve_figure(content: Mapping[str, Any]) -> Figure:
     colours = [_line(number, "-", plain(metric)) for number, metric in enumerate(metrics)]
     lines = [
         Line2D([], [], color="black", ls=line, lw=1.3, label=plain(replacement.replace("_", " ")))
-        for line, replacement in zip(REPLACEMENT_LINES, replacements, strict=False)
+        for line, replacement in zip(cycle(REPLACEMENT_LINES), replacements, strict=False)
     ]
     handles = [*colours, *lines, Line2D([], [], color="black", ls=(0, (1, 1)), lw=1, label="unpruned")]
     figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=9, frameon=False)

@@ -105,7 +105,7 @@ def _gate(name: str, content: Mapping[str, Any], known: list[str]) -> Gate:
     ((limit, value),) = limits.items()
     if limit not in LIMITS:
         raise unknown_name(f"limit of the gate {name!r}", str(limit), LIMITS)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) > 1e300:
         raise ValueError(f"The limit {limit} of the gate {name!r} is {value!r}: give a number.")
     if figure not in known:
         raise unknown_name(f"figure of the gate {name!r}", figure, known)

@@ -95,38 +95,58 @@ def rules_of(curves: Sequence[Mapping[str, Any]]) -> list[Rule]:
     """The rules that pruning curves of one model support, with nothing in the removed places.
 
     Args:
-        curves: contents of curve.json. A metric enters where all curves of a kind and share have it.
+        curves: contents of curve.json. Points on the same text are averaged, different texts are pooled.
     """
     return [rule for kind in KINDS for low, high in SHARES if (rule := _rule(curves, kind, low, high)) is not None]
 
 
+Measured = dict[str, dict[tuple[int, int], Sequence[float]]]
+"""By metric, the nats of every document for each curve and number of sites."""
+
+
 def _rule(curves: Sequence[Mapping[str, Any]], kind: str, low: float, high: float) -> Rule | None:
-    groups = []  # a metric's losses by the number of sites, for each domain of each curve
-    for curve in curves:
+    texts: dict[str, tuple[Mapping[str, Any], Measured]] = {}
+    for place, curve in enumerate(curves):
         for domain, about in curve["domains"].items():
-            rows: dict[str, dict[int, Sequence[float]]] = {}
             for row in curve["rows"]:
                 is_here = (row["domain"], row["kind"], row["replacement"]) == (domain, kind, NONE)
                 if is_here and low < row["removed"] / row["of"] <= high + 1e-9:
-                    rows.setdefault(row["metric"], {})[row["removed"]] = row["nats"]
-            if rows:
-                groups.append((about, rows))
-    metrics = [name for name in (groups[0][1] if groups else {}) if all(name in rows for _, rows in groups)]
-    if len(metrics) < 2:
+                    _, rows = texts.setdefault(about["fingerprint"], (about, {}))
+                    rows.setdefault(row["metric"], {})[place, row["removed"]] = row["nats"]
+    groups = _comparable(list(texts.values()))
+    if not groups:
         return None
     pooled: dict[str, DomainLoss] = {}
-    for metric in metrics:
+    for metric in groups[0][1]:
         parts = []
         for about, rows in groups:
-            nats = np.mean([rows[metric][removed] for removed in sorted(rows[metric])], axis=0)
+            nats = np.mean(list(rows[metric].values()), axis=0)
             parts.append(DomainLoss.from_dict({"nats": nats, "tokens": about["tokens"], "bytes": about["bytes"]}))
         pooled[metric] = DomainLoss.pooled(parts)
-    best = min(metrics, key=lambda name: pooled[name].loss)
-    regrets = {name: pooled[name].minus(pooled[best]) for name in sorted(metrics, key=lambda name: pooled[name].loss)}
-    near = [name for name, regret in regrets.items() if not regret.low > 0]
+    best = min(pooled, key=lambda name: pooled[name].loss)
+    regrets = {name: pooled[name].minus(pooled[best]) for name in sorted(pooled, key=lambda name: pooled[name].loss)}
+    near = [name for name, regret in regrets.items() if name == best or regret.low <= 0]  # not where it is not known
     recommended = min(near, key=lambda name: (cost_of(name), pooled[name].loss))
     points = sum(len(rows[best]) for _, rows in groups)
     return Rule(kind, low, high, best, recommended, regrets, points, pooled[best].documents)
+
+
+def _comparable(texts: Sequence[tuple[Mapping[str, Any], Measured]]) -> list[tuple[Mapping[str, Any], Measured]]:
+    """Texts with two metrics or more that all of them have at the same points, and of each the losses of those alone.
+
+    A text that shares less with the others, which have more metrics, is left out.
+    """
+    shared: set[str] = set()
+    chosen: list[tuple[Mapping[str, Any], Measured]] = []
+    for about, rows in sorted(texts, key=lambda text: -len(text[1])):
+        points = max((frozenset(found) for found in rows.values()), key=len)
+        names = {name for name, found in rows.items() if frozenset(found) == points}
+        both = names & shared if chosen else names
+        if len(both) >= 2:
+            shared = both
+            chosen.append((about, rows))
+    order = [name for name in chosen[0][1] if name in shared] if chosen else []
+    return [(about, {name: rows[name] for name in order}) for about, rows in chosen]
 
 
 def silent_about(rules: Sequence[Rule]) -> list[tuple[str, float, float]]:
@@ -174,8 +194,8 @@ def _gains(
     mine, others = [], []
     for task in tasks:
         answers = content["tasks"][task]["answers"]
-        for name, plan in plans.items():
-            if plan["source"] == source and (plan["task"] == task) is is_own:
-                mine += answers[name][key]
-                others += answers[base][key]
-    return paired(np.asarray(mine), np.asarray(others)) if mine else None
+        chosen = [name for name, plan in plans.items() if plan["source"] == source and (plan["task"] == task) is is_own]
+        if chosen:  # a question is asked of several plans, and counts once
+            mine.append(np.mean([answers[name][key] for name in chosen], axis=0))
+            others.append(np.asarray(answers[base][key]))
+    return paired(np.concatenate(mine), np.concatenate(others)) if mine else None

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from depthprune.evaluation.curve import NONE
 from depthprune.evaluation.domains import DomainLoss, Interval, is_quick
@@ -172,7 +173,7 @@ def console_table(content: Mapping[str, Any]) -> Table:
     for metric in dict.fromkeys(row["metric"] for row in rows):
         for replacement in dict.fromkeys(row["replacement"] for row in rows):
             label = metric if replacement == NONE else f"  {replacement.replace('_', ' ')}"
-            table.add_row(label, *(_shown(rows, metric, replacement, *column) for column in columns))
+            table.add_row(Text(label), *(_shown(rows, metric, replacement, *column) for column in columns))
     return table
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from depthprune.evaluation.domains import DomainLoss, Interval, is_quick
 from depthprune.evaluation.gates import Verdict
@@ -164,7 +164,7 @@ def report(content: Mapping[str, Any], said: Sequence[Verdict] = ()) -> str:
     for domain, rows in domain_rows(content):
         loss = rows[0].loss
         assert loss is not None
-        parts.append(f"## {escaped(Path(domain).stem)}: {int(loss.tokens.sum())} tokens of {loss.documents} documents")
+        parts.append(f"## {escaped(domain)}: {int(loss.tokens.sum())} tokens of {loss.documents} documents")
         if is_quick(loss.documents, int(loss.tokens.sum())):
             parts.append("This is a quick run: fewer than 200 documents or 50k tokens.")
         body = [
@@ -223,11 +223,11 @@ def console_table(content: Mapping[str, Any]) -> Table:
     table = Table(title="Loss (nats/token) and score", title_justify="left", box=None)
     table.add_column("")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     for domain, rows in domain_rows(content):
-        table.add_row(f"{Path(domain).stem} loss", *(f"{row.loss.loss:.3f}" for row in rows if row.loss is not None))
+        table.add_row(Text(f"{domain} loss"), *(f"{row.loss.loss:.3f}" for row in rows if row.loss is not None))
     for task, rows in (*task_rows(content), *health_rows(content)):
-        table.add_row(task, *map(_score, rows))
+        table.add_row(Text(task), *map(_score, rows))
     columns = [column for column, _ in COSTS.values()]
     for place, column in enumerate(columns):
         cells = [row[place] for row in cost_rows(content)]

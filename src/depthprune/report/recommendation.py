@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from depthprune.evaluation.domains import Interval
 from depthprune.evaluation.rules import Rule, TaskRule
-from depthprune.report.markdown import escaped, gap_text, starred
+from depthprune.report.markdown import escaped, starred
 from depthprune.report.markdown import table as markdown_table
 from depthprune.sites import PLURALS
 
@@ -47,9 +49,9 @@ def recommendation_report(
             PLURALS[rule.kind],
             share_text(rule.low, rule.high),
             f"**`{rule.recommended}`**",
-            gap_text(rule.regrets[rule.recommended]) if rule.recommended != rule.best else "0, the best",
+            _regret(rule),
             f"`{rule.best}`",
-            "; ".join(f"`{name}` {starred(regret)}" for name, regret in rule.regrets.items() if name != rule.best),
+            "; ".join(f"`{name}` {_gap(regret)}" for name, regret in rule.regrets.items() if name != rule.best),
             str(rule.points),
             str(rule.documents),
         ]
@@ -71,6 +73,15 @@ def recommendation_report(
         lines = [f"- {PLURALS[kind]}, {share_text(low, high)}" for kind, low, high in silent]
         parts += ["## Where the data is silent", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
+
+
+def _gap(regret: Interval) -> str:
+    """A regret, also of a single document, which has no interval."""
+    return f"{regret.value:+.3f} (one document: no interval)" if math.isnan(regret.low) else starred(regret)
+
+
+def _regret(rule: Rule) -> str:
+    return "0, the best" if rule.recommended == rule.best else _gap(rule.regrets[rule.recommended])
 
 
 def _task_row(rule: TaskRule) -> list[str]:
@@ -97,6 +108,6 @@ def console_table(rules: Sequence[Rule]) -> Table:
     for column in ("sites", "share removed", "take", "regret", "best"):
         table.add_column(column, justify="right" if column == "regret" else "left")
     for rule in rules:
-        regret = "0" if rule.recommended == rule.best else gap_text(rule.regrets[rule.recommended])
-        table.add_row(PLURALS[rule.kind], share_text(rule.low, rule.high), rule.recommended, regret, rule.best)
+        cells = (PLURALS[rule.kind], share_text(rule.low, rule.high), rule.recommended, _regret(rule), rule.best)
+        table.add_row(*map(Text, cells))
     return table

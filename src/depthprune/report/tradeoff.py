@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from rich.table import Table
+from rich.text import Text
 
 from depthprune.evaluation.domains import Interval
 from depthprune.evaluation.paired import mcnemar, paired
@@ -156,10 +157,10 @@ def findings(content: Mapping[str, Any]) -> Iterator[str]:
             f"{_count(others, 1)} and worse in {_count(others, -1)} of {len(others)} cases"
         )
     damage = {task: gain(content, base, task, "unpruned") for task in tasks}
-    worst = sorted(damage, key=lambda task: _surety(damage[task]))
+    worst, count = min(damage, key=lambda task: _surety(damage[task])), _count(damage.values(), -1)
     yield (
-        f"The task-agnostic plan is worse than the unpruned model beyond noise on {_count(damage.values(), -1)} of "
-        f"{len(tasks)} tasks, most surely on {escaped(worst[0])}"
+        f"The task-agnostic plan is worse than the unpruned model beyond noise on {count} of {len(tasks)} tasks"
+        + (f", most surely on {escaped(worst)}" if count else "")
     )
 
 
@@ -206,7 +207,8 @@ def console_table(content: Mapping[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", box=None)
     table.add_column("plan for", no_wrap=True)
     for task, about in content["tasks"].items():
-        table.add_column(f"{task}\n{UNITS[about['measure']]}", justify="right")
+        table.add_column(Text(f"{task}\n{UNITS[about['measure']]}"), justify="right")
     for plan in content["plans"]:
-        table.add_row(*(cell.replace("\\", "").replace("**", "") for cell in _plan_row(content, plan)))
+        _, *cells = _plan_row(content, plan)
+        table.add_row(Text(plan), *(cell.replace("**", "") for cell in cells))
     return table
