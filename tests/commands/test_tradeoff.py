@@ -68,7 +68,7 @@ def test_plans_are_of_other_questions_than_are_asked(workshop: Workshop, tasks: 
         score, test = ([questions[place] for place in places[role]] for role in ("score", "test"))
         assert not {question.question for question in score} & {question.question for question in test}
         for name, asked in ((task, score[:6]), (task + " (oracle)", test[:8])):
-            right = open_answers(asked, tokenizer, LENGTH, 8, only_right=True)
+            right = open_answers(asked, tokenizer, LENGTH, 8, together=True)
             table = estimate_influence(model, right, ["leave_one_out_loss"], ["attention"])
             plan = table.plan("leave_one_out_loss", ["attention"], 2)
             assert content["plans"][name]["sites"] == [str(site) for site in plan.sites]

@@ -39,28 +39,35 @@ def test_only_answers_count(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     assert batches.token_count == sum(len(tiny_tokenizer(f" {option}")["input_ids"]) for _, option in options)
 
 
-def test_right_answers_alone_and_long_questions(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    batches = open_answers(QUESTIONS, tiny_tokenizer, 12, 8, only_right=True)
-    (batch,) = batches
-    assert batch["input_ids"].shape[1] == 12
-    ends = [
-        tiny_tokenizer.decode(row[mask.bool()])[-8:]
-        for row, mask in zip(batch["input_ids"], batch["counted"], strict=True)
-    ]
-    assert sorted(ends) == [" no", "this one"]
+def test_options_of_a_question_stay_together(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    batches = open_answers(QUESTIONS * 3, tiny_tokenizer, 256, 6, together=True)
+    assert len(batches) == 3  # of two questions with at most three options
+    seen = []
+    for batch in batches:
+        asked, right = batch["asked"].tolist(), batch["right"].tolist()
+        for number in dict.fromkeys(asked):
+            options = [right[row] for row, other in enumerate(asked) if other == number]
+            wanted = QUESTIONS[number % 2]
+            assert options == [int(place == wanted.answer) for place in range(len(wanted.options))]
+            seen.append(number)
+    assert sorted(seen) == list(range(6))
+
+
+def test_long_questions_lose_their_beginning(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    batches = open_answers(QUESTIONS[:1], tiny_tokenizer, 12, 8)
     whole = tiny_tokenizer(f"{QUESTIONS[0].question}\nAnswer: no")["input_ids"]
-    (row,) = (answer.ids.tolist() for answer in batches.answers if answer.question == 0)
-    assert row == whole[-12:]  # the passage's beginning is left out
+    (row,) = (answer.ids.tolist() for answer in batches.answers if answer.is_right)
+    assert row == whole[-12:]
     with pytest.raises(ValueError, match=r"row 1, has an answer of \d+ tokens, which does not fit into 4"):
         open_answers(QUESTIONS[1:], tiny_tokenizer, 4, 8)
 
 
 def test_the_fingerprint_changes_with_what_is_asked_and_counted(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    def fingerprint(questions: list[Question], batch_size: int = 3, **settings: bool) -> str:
-        return open_answers(questions, tiny_tokenizer, 256, batch_size, **settings).fingerprint
+    def fingerprint(questions: list[Question], batch_size: int = 3) -> str:
+        return open_answers(questions, tiny_tokenizer, 256, batch_size).fingerprint
 
     other_answer = [QUESTIONS[0], Question("short", QUESTIONS[1].options, 1, "", "row 1")]
-    found = [fingerprint(QUESTIONS), fingerprint(other_answer), fingerprint(QUESTIONS, only_right=True)]
+    found = [fingerprint(QUESTIONS), fingerprint(other_answer), fingerprint(QUESTIONS[:1])]
     assert len(set(found)) == 3
     assert fingerprint(QUESTIONS, batch_size=1) == found[0]
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from depthprune.data.answers import open_answers
+from depthprune.data.questions import Question
 from depthprune.influence.choice_costs import refuse_chance
 from depthprune.influence.estimate import estimate_influence
 from tests.brute_force import NOTHING, exact_copy, without
@@ -113,3 +117,39 @@ def test_sampled_metrics_work_on_questions() -> None:
     damage = (costs_by_hand(model, blocks, batches) - costs_by_hand(model, [], batches)).mean(1)
     assert sum(table["shapley_likelihood"].values()) == pytest.approx(float(damage[3]), rel=1e-4)
     assert sum(table["shapley_loss"].values()) == pytest.approx(float(damage[0]), rel=1e-4)
+
+
+def test_the_loss_of_options_is_that_of_the_right_one_among_them(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    model: Any = tiny_model(vocab_size=320)
+    questions = [
+        Question(f"which is number {number}", ("the first", "2", "a third")[: 2 + number % 2], number % 2, "", "")
+        for number in range(5)
+    ]
+    batches = open_answers(questions, tiny_tokenizer, 64, 6, together=True)
+    table = estimate_influence(model, batches, ["leave_one_out_loss", "leave_one_out_logits"], ["block"])
+
+    def measured(reference: Any) -> tuple[float, list[torch.Tensor]]:
+        losses, logits = [], []
+        for question in questions:
+            start = len(tiny_tokenizer(f"{question.question}\nAnswer:")["input_ids"])
+            scores = []
+            for place, option in enumerate(question.options):
+                ids = torch.tensor(tiny_tokenizer(f"{question.question}\nAnswer: {option}")["input_ids"])
+                with torch.no_grad():
+                    found = reference(ids[None]).logits[0, start - 1 : -1]
+                scores.append(-functional.cross_entropy(found, ids[start:], reduction="sum"))
+                if place == question.answer:
+                    logits.append(found)
+            losses.append(-torch.stack(scores).log_softmax(0)[question.answer].item())
+        return sum(losses) / len(losses), logits
+
+    whole, before = measured(model)
+    for index in range(6):
+        loss, after = measured(without(model, {f"block.{index}": NOTHING}))
+        assert table["leave_one_out_loss"][f"block.{index}"] == pytest.approx(loss - whole, abs=2e-5)
+        apart = [float((a - b).norm(dim=-1).mean()) for a, b in zip(after, before, strict=True)]
+        assert table["leave_one_out_logits"][f"block.{index}"] == pytest.approx(sum(apart) / len(apart), rel=1e-4)
+    with pytest.raises(ValueError, match="name a task instead of a text"):
+        estimate_influence(model, batches, ["leave_one_out_zero_one"], ["block"])
+    with pytest.raises(ValueError, match="cannot weigh options against each other"):
+        estimate_influence(model, batches, ["taylor"], ["block"])

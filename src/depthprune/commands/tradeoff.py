@@ -73,7 +73,7 @@ def tradeoff(
         text: gives the task-agnostic plan, by its score role.
         kind: the kind of site that goes: block, attention or mlp.
         remove: how many sites go.
-        metric: by which sites are scored: on a task by the words of the right answers alone.
+        metric: by which sites are scored; the loss of a task is that of the right answer among the options.
         score_questions: at most so many questions of each task for its influence, none of which is asked.
         test_questions: at most so many questions of each task to score plans on.
         oracle: also make plans from the questions that are asked.
@@ -186,9 +186,9 @@ class _Run:
         self.sequence_length = sequence_length
         self.batch_size = batch_size
 
-    def answers(self, questions: Sequence[Question], only_right: bool) -> AnswerBatches:
-        """Questions with their answers as batches."""
-        return open_answers(questions, self.tokenizer, self.sequence_length, self.batch_size, only_right)
+    def answers(self, questions: Sequence[Question], together: bool) -> AnswerBatches:
+        """Questions with their options as batches."""
+        return open_answers(questions, self.tokenizer, self.sequence_length, self.batch_size, together)
 
     def save(self) -> None:
         """Write down the results so far."""

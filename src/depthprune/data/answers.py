@@ -47,14 +47,21 @@ class AnswerBatches:
     """Answers in memory, as batches, the longest ones first; over several processes each counts once.
 
     Args:
-        answers: the answers.
+        answers: the answers, those of a question one after the other.
         batch_size: answers in a batch of one process.
+        together: keep the answers of a question in one batch, so that they can be weighed against each other.
     """
 
-    def __init__(self, answers: Sequence[Answer], batch_size: int) -> None:
+    def __init__(self, answers: Sequence[Answer], batch_size: int, together: bool = False) -> None:
         self.answers = list(answers)
         self.batch_size = batch_size
-        self._order = sorted(range(len(self.answers)), key=lambda number: -len(self.answers[number].ids))
+        self.together = together
+        groups: dict[int, list[int]] = {}
+        for number, answer in enumerate(self.answers):
+            groups.setdefault(answer.question if together else number, []).append(number)
+        length = {key: max(len(self.answers[number].ids) for number in group) for key, group in groups.items()}
+        self._groups = [groups[key] for key in sorted(groups, key=lambda key: -length[key])]
+        self._size = max(1, batch_size // max(map(len, self._groups)))
 
     @property
     def document_count(self) -> int:
@@ -74,17 +81,18 @@ class AnswerBatches:
 
     def __len__(self) -> int:
         """Number of batches, the same in every process."""
-        return deal(len(self.answers), self.batch_size, "answers")[1]
+        return deal(len(self._groups), self._size, "answers")[1]
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Batches of this process, all int64 and ``(B, T)``, padded on the right to the batch's longest row.
 
         ``input_ids``; ``attention_mask``; ``counted``, 1 at the answer's tokens; ``documents``, the number of the
-        answer; ``bytes``, the answer's UTF-8 bytes, all at its last token.
+        answer; ``bytes``, the answer's UTF-8 bytes, all at its last token. Where the answers of a question are
+        together also ``asked``, the number of the question, and ``right``, whether it is the right one, both ``(B,)``.
         """
-        mine, batches = deal(len(self.answers), self.batch_size, "answers")
+        mine, batches = deal(len(self._groups), self._size, "answers")
         for places in mine.tensor_split(batches):
-            yield self._batch([self._order[place] for place in places.tolist()])
+            yield self._batch([number for place in places.tolist() for number in self._groups[place]])
 
     def _batch(self, numbers: list[int]) -> dict[str, Tensor]:
         answers = [self.answers[number] for number in numbers]
@@ -96,12 +104,17 @@ class AnswerBatches:
         for row, answer in enumerate(answers):
             ids[row, : len(answer.ids)] = answer.ids
         places = torch.arange(ids.shape[1])
+        asked = {
+            "asked": torch.tensor([answer.question for answer in answers]),
+            "right": torch.tensor([int(answer.is_right) for answer in answers]),
+        }
         return {
             "input_ids": ids,
             "attention_mask": (places < lengths).long(),
             "counted": ((places >= starts) & (places < lengths)).long(),
             "documents": torch.tensor(numbers)[:, None].expand_as(ids),
             "bytes": (places == lengths - 1) * sizes,
+            **(asked if self.together else {}),
         }
 
 
@@ -110,7 +123,7 @@ def open_answers(
     tokenizer: PreTrainedTokenizerBase,
     sequence_length: int,
     batch_size: int,
-    only_right: bool = False,
+    together: bool = False,
 ) -> AnswerBatches:
     """Questions with each of their options, after ``Answer:`` and without shots.
 
@@ -121,7 +134,7 @@ def open_answers(
         tokenizer: of the model that is asked; BOS comes first where it puts one there.
         sequence_length: tokens that a question has at most with its answer.
         batch_size: answers in a batch of one process.
-        only_right: leave the wrong options out.
+        together: keep the answers of a question in one batch.
 
     Raises:
         ValueError: an answer alone is too long.
@@ -133,8 +146,6 @@ def open_answers(
         asked = prompt_of(question)
         before = len(spec.tokenizer.encode(asked, add_special_tokens=False).ids)
         for place, option in enumerate(question.options):
-            if only_right and place != question.answer:
-                continue
             ids = spec.tokenizer.encode(f"{asked} {option}", add_special_tokens=False).ids
             length = len(ids) - before
             if length + len(first) >= sequence_length:
@@ -145,7 +156,7 @@ def open_answers(
             kept = torch.tensor(first + ids[len(first) - sequence_length :])
             size = len(f" {option}".encode("utf-8", "surrogatepass"))
             answers.append(Answer(kept, len(kept) - length, size, number, place == question.answer))
-    return AnswerBatches(answers, batch_size)
+    return AnswerBatches(answers, batch_size, together)
 
 
 def prompt_of(question: Question) -> str:

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from depthprune.data.answers import AnswerBatches
 from depthprune.evaluation.curve import variant_losses
 from depthprune.head import Batch
+from depthprune.influence.choice_costs import log_shares
 from depthprune.saved_sums import SavedSums
 from depthprune.variants import Absent
 
@@ -31,7 +33,7 @@ class Answers:
 
     Attributes:
         right: of each question 1 or 0, ``(N,)``: whether the right option has the least loss of all.
-        likelihood: of each question, ``(N,)``: the mean log-likelihood of the right answer's tokens, in nats.
+        likelihood: of each question, ``(N,)``: the log-likelihood of the right option among all, in nats.
     """
 
     right: np.ndarray
@@ -61,18 +63,21 @@ def answers_of(
         name: of the pass in ``saved``.
     """
     losses = variant_losses(model, batches, variants, None, watch, saved, name)
-    return {absent: _answers(batches, loss.nats, loss.tokens) for (_, absent), loss in losses.items()}
+    return {absent: _answers(batches, loss.nats) for (_, absent), loss in losses.items()}
 
 
-def _answers(batches: AnswerBatches, nats: np.ndarray, tokens: np.ndarray) -> Answers:
+def _answers(batches: AnswerBatches, nats: np.ndarray) -> Answers:
     """Scores by question from sums by answer."""
+    numbers = torch.tensor([answer.question for answer in batches.answers])
+    _, places = numbers.unique(return_inverse=True)
+    shares = log_shares(-torch.from_numpy(nats), places).tolist()
     best: dict[int, tuple[float, bool]] = {}
     likelihood: dict[int, float] = {}
-    for answer, loss, count in zip(batches.answers, nats.tolist(), tokens.tolist(), strict=True):
-        if answer.question not in best or loss < best[answer.question][0]:
-            best[answer.question] = (loss, answer.is_right)
+    for answer, share in zip(batches.answers, shares, strict=True):
+        if answer.question not in best or share > best[answer.question][0]:
+            best[answer.question] = (share, answer.is_right)
         if answer.is_right:
-            likelihood[answer.question] = -loss / count
+            likelihood[answer.question] = share
     order = sorted(best)
     return Answers(
         np.array([float(best[number][1]) for number in order]), np.array([likelihood[number] for number in order])

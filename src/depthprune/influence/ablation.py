@@ -20,7 +20,13 @@ from transformers import PreTrainedModel
 
 from depthprune.data.batches import world_and_rank
 from depthprune.head import Batch, evaluating, input_device, on_device
-from depthprune.influence.choice_costs import CHOICE_COSTS, choice_cost, is_question
+from depthprune.influence.choice_costs import (
+    CHOICE_COSTS,
+    choice_cost,
+    holds_options,
+    is_question,
+    option_cost,
+)
 from depthprune.influence.clusters import ClusterSums, Ratio, contrast, mean, one_seed
 from depthprune.influence.coalitions import Charge, Coalition, leave_one_out, permutations, subsets
 from depthprune.influence.costs import COSTS, text_cost
@@ -169,6 +175,8 @@ class AblationInfluence:
         recording = record(self.model, batch)
         if is_question(batch):
             cost, counts = choice_cost(self.distance, batch, recording.hidden, self.costs)
+        elif holds_options(batch):
+            cost, counts = option_cost(self.distance, batch, recording.hidden, self.costs)
         else:
             cost, counts = text_cost(
                 self.distance, batch, recording.hidden, self.costs, self.sampling.positions, generator

@@ -12,7 +12,16 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from transformers import PreTrainedModel
 
 from depthprune.data.batches import world_and_rank
-from depthprune.head import Batch, evaluating, hidden_states, input_device, logits_of, on_device
+from depthprune.head import (
+    Batch,
+    evaluating,
+    hidden_states,
+    input_device,
+    logits_of,
+    on_device,
+    predicted_mask,
+    row_losses,
+)
 from depthprune.influence.costs import Cost
 from depthprune.influence.distance import LogitDistance
 
@@ -69,6 +78,62 @@ def choice_cost(distance: LogitDistance, batch: Batch, reference: Tensor, names:
         return torch.stack([found[name]() for name in names]).double()
 
     return cost, torch.ones(len(rows), device=rows.device)
+
+
+def holds_options(batch: Batch) -> bool:
+    """Whether a batch holds every option of its questions (see :class:`~depthprune.data.answers.AnswerBatches`)."""
+    return "asked" in batch
+
+
+def option_cost(distance: LogitDistance, batch: Batch, reference: Tensor, names: Sequence[str]) -> tuple[Cost, Tensor]:
+    """The costs of variants on questions whose options stand in one batch.
+
+    Args:
+        distance: of logits at the right answer's tokens, and the model whose head is used.
+        batch: the options, with ``asked (B,)`` and ``right (B,)``.
+        reference: the unpruned model's normed last hidden states, ``(B, T, D)``.
+        names: ``loss`` (of the right answer among the options, each weighed by its likelihood) or ``logits`` (mean over
+            the right answer's tokens).
+
+    Returns:
+        The costs as a function of a variant's hidden states, ``(C, B)``, all at the right options; and these, ``(B,)``.
+    """
+    mask = predicted_mask(batch)
+    rows, targets = mask.nonzero()[:, 0], batch["input_ids"][:, 1:][mask]
+    right, tokens = batch["right"].double(), mask.sum(1).double()
+    _, places = batch["asked"].unique(return_inverse=True)
+    before = reference[:, :-1][mask]
+
+    def by_option(values: Tensor) -> Tensor:
+        return torch.zeros_like(right).index_add_(0, rows, values.double())
+
+    def losses(hidden: Tensor) -> Tensor:
+        scores = -by_option(row_losses(distance.model, hidden, targets))
+        return -log_shares(scores, places)
+
+    measures = {
+        "loss": losses,
+        "logits": lambda hidden: by_option(distance(hidden, before)) / tokens,
+    }
+
+    def cost(hidden: Tensor) -> Tensor:
+        mine = hidden[:, :-1][mask]
+        return torch.stack([measures[name](mine) * right for name in names])
+
+    return cost, right
+
+
+def log_shares(scores: Tensor, places: Tensor) -> Tensor:
+    """The logarithm of each option's share of the likelihood of all options of its question, ``(B,)``.
+
+    Args:
+        scores: the log-likelihood of each option, ``(B,)`` fp64.
+        places: the place of its question, from 0, ``(B,)``.
+    """
+    count = int(places.max()) + 1
+    top = scores.new_full((count,), -torch.inf).scatter_reduce(0, places, scores, "amax")
+    sums = scores.new_zeros(count).index_add_(0, places, (scores - top[places]).exp())
+    return scores - (top + sums.log())[places]
 
 
 def refuse_chance(model: PreTrainedModel, batches: Iterable[Batch]) -> None:

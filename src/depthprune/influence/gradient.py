@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from depthprune.anatomy import Anatomy
 from depthprune.data.batches import world_and_rank
 from depthprune.head import Batch, evaluating, hidden_states, input_device, on_device, predicted_mask, row_losses
-from depthprune.influence.choice_costs import choice_losses, is_question
+from depthprune.influence.choice_costs import choice_losses, holds_options, is_question
 from depthprune.influence.clusters import ClusterSums, Ratio, mean
 from depthprune.names import unknown_name
 from depthprune.sites import Site
@@ -91,8 +91,15 @@ def gate_slopes(model: PreTrainedModel, batch: Batch, sites: Sequence[Site]) -> 
 
     Returns:
         ``dS/dz``, ``(S, B)`` fp64, and each sequence's predicted tokens, ``(B,)`` fp64.
+
+    Raises:
+        ValueError: the batch holds every option of its questions.
     """
     mask = predicted_mask(batch)
+    if holds_options(batch):
+        raise ValueError(
+            "taylor and fisher cannot weigh options against each other: take an adaptive or static metric."
+        )
     if is_question(batch):
         gates = torch.ones(len(sites), len(mask), dtype=torch.float32, device=mask.device, requires_grad=True)
         with torch.enable_grad(), gated(model, sites, gates):

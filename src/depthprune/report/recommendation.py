@@ -18,7 +18,7 @@ TASK_COLUMNS = (
     *("sites", "share removed", "measure", "tasks", "make the plan on"),
     *("own plan gains", "plans for other tasks gain", "oracle gains"),
 )
-PER = {"accuracy": (100.0, "points"), "likelihood": (1.0, "nats/token")}
+PER = {"accuracy": (100.0, "points"), "likelihood": (1.0, "nats")}
 
 
 def share_text(low: float, high: float) -> str:
