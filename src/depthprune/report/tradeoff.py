@@ -63,8 +63,8 @@ def chance_of(content: Mapping[str, Any], plan: str, task: str) -> float | None:
 def tradeoff_figure(content: Mapping[str, Any]) -> Figure:
     """What every plan gains over the task-agnostic one: a row for each plan, a column for each task.
 
-    The figures are percentage points of accuracy or nats of the right answer's log-likelihood among the options; colours
-    say how many standard errors that is from nothing; frames stand around what a plan was made for.
+    The figures are percentage points of accuracy or nats of the right answer's log-likelihood among the options.
+    Colours say how many standard errors that is from nothing; frames stand around what a plan was made for.
     """
     base, tasks = agnostic(content), list(content["tasks"])
     plans = [name for name in content["plans"] if name != base]
@@ -107,7 +107,8 @@ def tradeoff_report(content: Mapping[str, Any]) -> str:
         "as in arXiv 2407.16286. A question's answer is the option of least loss.",
         "A task counts right answers where the unpruned model is over 3 standard errors above chance, else the "
         "log-likelihood of the right answer among the options (nats). Gains are over the task-agnostic plan on the "
-        "same questions, with 95% intervals by the normal approximation; * where the interval excludes 0; p is McNemar's.",
+        "same questions, with 95% intervals by the normal approximation; * where the interval excludes 0; p is "
+        "McNemar's.",
         "![Gain of every plan on every task](tradeoff.png)",
         "## What the matrix shows",
         "\n".join(f"- {finding}." for finding in findings(content)),
