@@ -104,10 +104,12 @@ def _task_row(rule: TaskRule) -> list[str]:
 
 def console_table(rules: Sequence[Rule]) -> Table:
     """The rules for text in a terminal."""
-    table = Table(title="Which metric to take (regret in nats/token, 95% interval)", title_justify="left", box=None)
-    for column in ("sites", "share removed", "take", "regret", "best"):
-        table.add_column(column, justify="right" if column == "regret" else "left")
+    table = Table(
+        title="Which metric to take, and its regret (nats/token, 95% interval)", title_justify="left", box=None
+    )
+    for column in ("sites", "share removed", "take", "regret"):
+        table.add_column(column, justify="right" if column == "regret" else "left", no_wrap=True)
     for rule in rules:
-        cells = (PLURALS[rule.kind], share_text(rule.low, rule.high), rule.recommended, _regret(rule), rule.best)
+        cells = (PLURALS[rule.kind], share_text(rule.low, rule.high), rule.recommended, _regret(rule))
         table.add_row(*map(Text, cells))
     return table
