@@ -63,6 +63,7 @@ def test_every_gate_speaks_of_every_pruned_model(tmp_path: Path) -> None:
         ("a: {figure: health/repetition, at_most: low}", "is 'low': give a number"),
         ("a: {figure: health/repetition, at_most: .nan}", "is nan: give a number"),
         ("a: [", "Cannot read gates"),
+        ("a: {figure: x, at_most: 1}\na: {figure: x, at_most: 9}", "'a' stands twice"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:

@@ -81,7 +81,7 @@ def read_gates(path: Path | str, figures: Iterable[str]) -> list[Gate]:
         ValueError: the file cannot be read or is empty, a figure is not measured, or a gate has not just one limit.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _NoKeyTwice)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"Cannot read gates from {path}: {reason}. Check the path and the file.") from error
@@ -91,6 +91,17 @@ def read_gates(path: Path | str, figures: Iterable[str]) -> list[Gate]:
         raise ValueError(f"{path} does not hold gates by name: write them as {EXAMPLE}.")
     known = list(figures)
     return [_gate(str(name), gate, known) for name, gate in content.items()]
+
+
+class _NoKeyTwice(yaml.SafeLoader):
+    """A safe loader that refuses a name that stands twice, of which YAML would keep the last alone."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = [self.construct_object(key) for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{name!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 EXAMPLE = "no loops: {figure: health/repetition, max_rise: 0.2}"
