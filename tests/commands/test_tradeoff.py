@@ -12,11 +12,11 @@ import pytest
 
 from depthprune.data.answers import halves, open_answers
 from depthprune.data.questions import ChoiceSource, read_questions
-from depthprune.evaluation.tradeoff import answers_of
+from depthprune.evaluation.tradeoff import agnostic, answers_of
 from depthprune.influence.estimate import estimate_influence
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
-from depthprune.report.tradeoff import agnostic, gain, tradeoff_figure
+from depthprune.report.tradeoff import gain, tradeoff_figure
 from depthprune.sites import Site
 from tests.command_line import LENGTH, Workshop, refusal, run
 from tests.killing import killed_at_first_save

@@ -77,7 +77,7 @@ def test_a_page_holds_its_figures_tables_and_words(tmp_path: Path) -> None:
     assert "".join(page.texts["td"]) == "a|b <c>1.5none-0.25"
     assert [cell.get("class") for cell in cells] == ["words", None, "words", None]
     assert [cell.get("style") for cell in cells][1] == "text-align:right"
-    assert page.texts["pre" if "pre" in page.texts else "code"] or page.texts["code"]
+    assert "".join(page.texts["code"]) == "code <b>depthprune study --config x.yaml\n"
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from depthprune.evaluation.curve import NONE
 from depthprune.evaluation.domains import DomainLoss, Interval
 from depthprune.evaluation.paired import paired
-from depthprune.evaluation.tradeoff import MEASURES
+from depthprune.evaluation.tradeoff import MEASURES, agnostic
 from depthprune.influence.ablation import ABLATION_METRICS
 from depthprune.influence.baselines import BASELINES
 from depthprune.influence.gradient import GRADIENT_METRICS
@@ -188,9 +188,7 @@ def _gains(
         source: where the plans are from.
         is_own: whether the plans of the task itself, or those of other tasks.
     """
-    key = "right" if measure == "accuracy" else "likelihood"
-    plans = content["plans"]
-    base = next(name for name, plan in plans.items() if plan["source"] == "text")
+    key, plans, base = MEASURES[measure], content["plans"], agnostic(content)
     mine, others = [], []
     for task in tasks:
         answers = content["tasks"][task]["answers"]

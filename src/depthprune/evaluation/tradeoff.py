@@ -7,8 +7,9 @@ common prefixes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,14 +18,12 @@ from transformers import PreTrainedModel
 from depthprune.data.answers import AnswerBatches
 from depthprune.evaluation.curve import variant_losses
 from depthprune.head import Batch
-from depthprune.influence.choice_costs import log_shares
+from depthprune.influence.choice_costs import FAR, log_shares
 from depthprune.saved_sums import SavedSums
 from depthprune.variants import Absent
 
-FAR = 3.0
-"""Standard errors above chance that the unpruned model has to be at for a task to count right and wrong answers."""
-
-MEASURES = ("accuracy", "likelihood")
+MEASURES = {"accuracy": "right", "likelihood": "likelihood"}
+"""How a task can be scored, and which of :class:`Answers` that is."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,6 @@ class Answers:
     right: np.ndarray
     likelihood: np.ndarray
 
-    def of(self, measure: str) -> np.ndarray:
-        """The scores by a measure, ``(N,)``; higher is better."""
-        return self.right if measure == "accuracy" else self.likelihood
-
 
 def answers_of(
     model: PreTrainedModel,
@@ -50,7 +45,6 @@ def answers_of(
     variants: Iterable[Absent],
     watch: Callable[[Iterable[Batch], int], Iterator[Batch]] = lambda items, _: iter(items),
     saved: SavedSums | None = None,
-    name: str = "answers",
 ) -> dict[Absent, Answers]:
     """How variants answer questions, with nothing in the removed places; the unpruned model is added.
 
@@ -60,9 +54,8 @@ def answers_of(
         variants: the absent sites of each.
         watch: goes through the batches, of which so many are left, and shows how far it is.
         saved: keeps the sums on the way, and takes up those of a run before.
-        name: of the pass in ``saved``.
     """
-    losses = variant_losses(model, batches, variants, None, watch, saved, name)
+    losses = variant_losses(model, batches, variants, None, watch, saved)
     return {absent: _answers(batches, loss.nats) for (_, absent), loss in losses.items()}
 
 
@@ -95,3 +88,8 @@ def measure_of(unpruned: Answers, options: Sequence[int]) -> str:
     rate, count = float(unpruned.right.mean()), len(unpruned.right)
     error = math.sqrt(max(rate * (1 - rate), 1 / count) / count)
     return "accuracy" if rate - chance > FAR * error else "likelihood"
+
+
+def agnostic(content: Mapping[str, Any]) -> str:
+    """The name of the task-agnostic plan in the content of tradeoff.json."""
+    return next(name for name, plan in content["plans"].items() if plan["source"] == "text")

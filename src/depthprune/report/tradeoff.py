@@ -13,6 +13,7 @@ from rich.text import Text
 
 from depthprune.evaluation.domains import Interval
 from depthprune.evaluation.paired import mcnemar, paired
+from depthprune.evaluation.tradeoff import MEASURES, agnostic
 from depthprune.plotting import new_figure, plain, tidy
 from depthprune.report.markdown import escaped
 from depthprune.report.markdown import table as markdown_table
@@ -27,16 +28,10 @@ OWN_COLUMNS = (
 SCALES = {"accuracy": 100.0, "likelihood": 1.0}
 
 
-def agnostic(content: Mapping[str, Any]) -> str:
-    """The name of the task-agnostic plan."""
-    return next(name for name, plan in content["plans"].items() if plan["source"] == "text")
-
-
 def scores(content: Mapping[str, Any], plan: str, task: str) -> np.ndarray:
     """Of each question of a task what a plan scores by the task's measure, ``(N,)``; higher is better."""
     about = content["tasks"][task]
-    key = "right" if about["measure"] == "accuracy" else "likelihood"
-    return np.asarray(about["answers"][plan][key], dtype=np.float64)
+    return np.asarray(about["answers"][plan][MEASURES[about["measure"]]], dtype=np.float64)
 
 
 def gain(content: Mapping[str, Any], plan: str, task: str, other: str | None = None) -> Interval:
