@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from depthprune.data.answers import held_apart
 from depthprune.data.batches import Batches
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import TextSource
@@ -20,6 +21,7 @@ from depthprune.evaluation.domains import document_loss
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
 from tests import brute_force
+from tests.answering import answers_by_hand, write_tasks
 from tests.command_line import LENGTH, Workshop, refusal, run, scalars
 from tests.killing import killed_at_first_save
 
@@ -35,21 +37,27 @@ def table(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "influence.json"
 
 
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
 def command(workshop: Workshop, table: Path, folder: Path, *flags: object) -> list[object]:
     start = ["curve", "--model", workshop.model, "--influence", table, "--text.path", workshop.text]
     return [*start, "--sequence_length", LENGTH, "--test_sequences", 6, "--output", folder, *flags]
 
 
-def wide(workshop: Workshop) -> list[object]:
-    """Two texts, two kinds of site, three forms of what stands in their place."""
+def wide(workshop: Workshop, tasks: dict[str, Path]) -> list[object]:
+    """Two texts, two tasks, two kinds of site, three forms of what stands in their place."""
+    asked = ["--tasks", json.dumps([str(path) for path in tasks.values()]), "--test_questions", 5]
     other = ["--domains", json.dumps({"other": {"path": str(workshop.other)}}), "--remove", REMOVE]
-    return [*other, "--scales", "[1.0, 0.5]", "--calibration_sequences", 5]
+    return [*other, *asked, "--scales", "[1.0, 0.5]", "--calibration_sequences", 5]
 
 
 @pytest.fixture(scope="module")
-def curves(workshop: Workshop, table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def curves(workshop: Workshop, table: Path, tasks: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("curves")
-    assert run(*command(workshop, table, folder, *wide(workshop))) == 0
+    assert run(*command(workshop, table, folder, *wide(workshop, tasks))) == 0
     return folder
 
 
@@ -106,6 +114,50 @@ def test_losses_are_those_of_models_made_by_hand(workshop: Workshop, table: Path
         assert lowest["above_best"]["value"] == 0
 
 
+def test_scores_are_those_of_models_made_by_hand(
+    workshop: Workshop, table: Path, tasks: dict[str, Path], curves: Path
+) -> None:
+    content = json.loads((curves / "curve.json").read_text())
+    data = TextDataModule(str(workshop.model), TextSource(str(workshop.text)), None, LENGTH, 4, calibration_sequences=5)
+    model, tokenizer = load(workshop.model)
+    assert {name: about["questions"] for name, about in content["tasks"].items()} == dict.fromkeys(tasks, 5)
+    scores: dict[tuple[object, ...], list[float]] = {}
+    for task, path in tasks.items():
+        (score, test), (others, asked) = held_apart(str(path), 5, 5), held_apart(str(path), 0, 5)
+        assert asked == test
+        assert others == []
+        assert not {question.question for question in score} & {question.question for question in test}
+        about = content["tasks"][task]
+        assert about["measure"] == "likelihood"  # five questions say nothing about right and wrong
+        _, unpruned = answers_by_hand(model, tokenizer, test, LENGTH)
+        assert about["scores"] == pytest.approx(unpruned, rel=1e-4)
+        assert about["unpruned_score"] == pytest.approx(sum(unpruned) / 5, rel=1e-4)
+        rows = [row for row in content["task_rows"] if row["task"] == task]
+        assert len(rows) == 18
+        for row in rows:
+            means = means_by_hand(model, row["sites"], data.calibration_dataloader())
+            scale = {"none": 0.0, "emulated_update": 1.0, "0.5 emulated_update": 0.5}[row["replacement"]]
+            variant = brute_force.without(model, {name: constant(scale * mean) for name, mean in means.items()})
+            _, found = answers_by_hand(variant, tokenizer, test, LENGTH)
+            assert row["scores"] == pytest.approx(found, rel=1e-4)
+            assert row["score"] == pytest.approx(sum(found) / 5, rel=1e-4)
+            gap = (sum(found) - sum(unpruned)) / 5
+            assert row["over_unpruned"]["value"] == pytest.approx(gap, abs=1e-5)
+            assert row["p"] is None
+            scores[task, row["metric"], row["kind"], row["removed"], row["replacement"]] = found
+    for row in content["task_rows"]:
+        place = (row["kind"], row["removed"], row["replacement"])
+        mean = {metric: sum(scores[row["task"], metric, *place]) / 5 for metric in METRICS}
+        best = max(mean.values())
+        assert mean[row["best"]] == pytest.approx(best)
+        assert row["over_best"]["value"] == pytest.approx(mean[row["metric"]] - best, abs=1e-5)
+        bare = sum(scores[row["task"], row["metric"], row["kind"], row["removed"], "none"]) / 5
+        if row["replacement"] == "none":
+            assert row["over_none"] is None
+        else:
+            assert row["over_none"]["value"] == pytest.approx(mean[row["metric"]] - bare, abs=1e-5)
+
+
 def constant(update: Tensor) -> brute_force.Update:
     return lambda read: update.expand_as(read)
 
@@ -154,6 +206,21 @@ def test_every_form_of_the_results_says_the_same(curves: Path, table: Path) -> N
         }
         found = dict(board[f"{domain}/loss by blocks removed"])
         assert found == {step: pytest.approx(loss) for step, loss in {0: about["unpruned_loss"], **wanted}.items()}
+    with (curves / "tasks.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    for line, row in zip(lines, content["task_rows"], strict=True):
+        assert (line["task"], line["metric"], line["removed"]) == (row["task"], row["metric"], str(row["removed"]))
+        assert float(line["score"]) == row["score"]
+        assert float(line["over_unpruned_low"]) == row["over_unpruned"]["low"]
+    for task, about in content["tasks"].items():
+        wanted = {
+            row["removed"]: row["score"]
+            for row in content["task_rows"]
+            if (row["task"], row["kind"], row["metric"]) == (task, "attention", "cosine")
+            and row["replacement"] == "emulated_update"
+        }
+        found = dict(board[f"{task}/likelihood by attentions removed"])
+        assert found == {step: pytest.approx(score) for step, score in {0: about["unpruned_score"], **wanted}.items()}
     influence = InfluenceTable.load(table)
     for order in content["orders"]:
         largest = {"block": 3, "attention": 2}[order["kind"]]
@@ -166,20 +233,35 @@ def test_every_form_of_the_results_says_the_same(curves: Path, table: Path) -> N
     report = (curves / "curve.md").read_text()
     assert "other: loss above the unpruned model by blocks removed" in report
     assert "This is a quick run" in report
+    assert "numbers: nats over the unpruned model by attentions removed" in report
     assert (curves / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_killed_run_ends_with_the_same_results(
-    workshop: Workshop, table: Path, curves: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    workshop: Workshop,
+    table: Path,
+    tasks: dict[str, Path],
+    curves: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    work = command(workshop, table, tmp_path, *wide(workshop), "--save_every", 1)
+    work = command(workshop, table, tmp_path, *wide(workshop, tasks), "--save_every", 1)
     assert killed_at_first_save(lambda: run(*work)) == -signal.SIGKILL
     assert not (tmp_path / "curve.csv").exists()
     assert run(*work) == 0
     said = capsys.readouterr().out
     assert "Going on from what a run before had summed" in said
     assert "Next: depthprune prune --model" in said
-    for name in ("curve.csv", "curve.json", "curve.md", "curve.html", "curve.png", "removed.png"):
+    for name in (
+        "curve.csv",
+        "curve.json",
+        "curve.md",
+        "curve.html",
+        "curve.png",
+        "removed.png",
+        "tasks.csv",
+        "tasks.png",
+    ):
         assert (tmp_path / name).read_bytes() == (curves / name).read_bytes(), name
     assert not (tmp_path / "progress.safetensors").exists()
 
@@ -202,6 +284,17 @@ def test_what_cannot_be_drawn(workshop: Workshop, table: Path, tmp_path: Path) -
     assert "Unknown kind of site 'blok'" in said
     assert "nothing to remove" in refusal(*command(workshop, table, tmp_path, "--remove", '{"block": []}'))
     assert "nothing to remove" in refusal(*command(workshop, table, tmp_path, "--metrics", "[]"))
+    assert "Did you mean 'openbookqa'" in refusal(
+        *command(workshop, table, tmp_path, "--remove", REMOVE, "--tasks", "[openbooqa]")
+    )
+    assert "test_questions is 0" in refusal(
+        *command(workshop, table, tmp_path, "--remove", REMOVE, "--tasks", "[piqa]", "--test_questions", 0)
+    )
+    named = [workshop.text, "--domains", json.dumps({"piqa": {"path": str(workshop.other)}}), "--tasks", "[piqa]"]
+    named += ["--remove", REMOVE]
+    assert "The name of the task piqa stands for something else" in refusal(
+        *command(workshop, table, tmp_path, "--text.path", *named)
+    )
     assert "scales has 0.0: give finite numbers" in refusal(
         *command(workshop, table, tmp_path, "--remove", REMOVE, "--scales", "[0]")
     )

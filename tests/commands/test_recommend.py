@@ -58,6 +58,24 @@ def test_rules_are_of_what_was_measured(curve: Path, tmp_path: Path, capsys: pyt
     assert (tmp_path / "recommendation.html").exists()
 
 
+def test_tasks_of_a_curve_have_their_section(curve: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads(curve.read_text())
+    content["tasks"] = {"colours": {"measure": "accuracy", "fingerprint": "c"}}
+    content["task_rows"] = [
+        {**{key: row[key] for key in ("metric", "kind", "replacement", "removed", "of")}, "task": "colours"}
+        | {"scores": [1.0] * 90 + [0.0] * 10 if row["metric"] == "cosine" else [1.0] * 60 + [0.0] * 40}
+        for row in content["rows"]
+    ]
+    (tmp_path / "tasks.json").write_text(json.dumps(content))
+    assert run("recommend", tmp_path / "tasks.json", "--output", tmp_path / "rule") == 0
+    assert "accuracy in points" in capsys.readouterr().out
+    report = (tmp_path / "rule" / "recommendation.md").read_text()
+    section = report.split("## On multiple-choice tasks by accuracy")[1].split("##")[0]
+    assert "Regret in points: colours." in section
+    assert "**`cosine`**" in section
+    assert "+30.000 [" in section
+
+
 def test_refusals(curve: Path, tmp_path: Path) -> None:
     out = ["--output", tmp_path / "out"]
     assert "There are no results" in refusal("recommend", "--results", "[]", *out)

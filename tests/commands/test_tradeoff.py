@@ -12,30 +12,21 @@ import pytest
 
 from depthprune.data.answers import halves, open_answers
 from depthprune.data.questions import ChoiceSource, read_questions
-from depthprune.evaluation.tradeoff import agnostic, answers_of
+from depthprune.evaluation.answers import answers_of
+from depthprune.evaluation.rules import agnostic
 from depthprune.influence.estimate import estimate_influence
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
 from depthprune.report.tradeoff import gain, tradeoff_figure
 from depthprune.sites import Site
+from tests.answering import write_tasks
 from tests.command_line import LENGTH, Workshop, refusal, run
 from tests.killing import killed_at_first_save
-
-TASKS = {"colours": ("red", "green", "blue"), "numbers": ("one", "two", "three")}
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("tasks")
-    found = {}
-    for task, words in TASKS.items():
-        rows = [
-            {"question": f"Which of the {task} is that of item {n}?", "choices": list(words), "answer": n % 3}
-            for n in range(24)
-        ]
-        found[task] = folder / f"{task}.jsonl"
-        found[task].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return found
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 def command(workshop: Workshop, tasks: dict[str, Path], folder: Path, *flags: object) -> list[object]:
@@ -127,7 +118,7 @@ def test_refusals(workshop: Workshop, tasks: dict[str, Path], tmp_path: Path) ->
     def said(*flags: object) -> str:
         return refusal(*command(workshop, tasks, tmp_path / "out", *flags))
 
-    assert "two or more tasks of different names" in said("--tasks", "[piqa]")
+    assert "two or more tasks" in said("--tasks", "[piqa]")
     for name in ("unpruned", "news"):
         (tmp_path / f"{name}.jsonl").write_text(tasks["colours"].read_text())
         named = json.dumps([str(tmp_path / f"{name}.jsonl"), str(tasks["colours"])])

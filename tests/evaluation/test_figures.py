@@ -10,7 +10,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from depthprune.evaluation.figures import KEPT, curve_figure, depth_diagram
+from depthprune.evaluation.figures import KEPT, curve_figure, depth_diagram, task_curve_figure
 from depthprune.plotting import BLUE, GREEN, ORANGE
 from depthprune.sites import Site
 
@@ -58,10 +58,31 @@ def test_curves_start_at_the_unpruned_model_and_have_bands_and_marks() -> None:
     assert len([item for item in blocks.collections if isinstance(item, PolyCollection)]) == 4  # bands
     marks = {text.get_text() for text in blocks.texts}
     assert marks == {"10%", "33%"}
+
     assert {text.get_text() for text in figure.axes[3].texts} == {"33%"}  # from 2 of 10 on
     assert [axes.get_yscale() for axes in figure.axes] == ["log", "log", "linear", "linear"]
     assert blocks.get_xlabel() == "blocks removed, of 10"
     assert figure.axes[0].get_ylabel() == "loss (nats/token)"
+
+
+def test_tasks_have_their_own_axes_and_chance() -> None:
+    whole = content()
+    for row in whole["rows"]:
+        row["task"], row["over_unpruned"] = row.pop("domain"), row.pop("above_unpruned")
+        del row["loss"]
+    tasks = {
+        "news": {"measure": "accuracy", "unpruned_score": 62.0, "chance": 0.25},
+        "law": {"measure": "likelihood", "unpruned_score": -0.8, "chance": 0.5},
+    }
+    figure = task_curve_figure({"task_rows": whole["rows"], "tasks": tasks})
+    assert labels(figure)[-2:] == ["unpruned", "chance"]
+    news, law, *_ = figure.axes
+    assert (news.get_ylabel(), law.get_ylabel()) == ("accuracy (%)", "log-likelihood (nats)")
+    assert news.get_ylim() != law.get_ylim()
+    level = {tuple(np.asarray(line.get_ydata()).tolist()) for line in news.lines}
+    assert {(62.0, 62.0), (25.0, 25.0)} <= level
+    assert (50.0, 50.0) not in {tuple(np.asarray(line.get_ydata()).tolist()) for line in law.lines}
+    assert {axes.get_yscale() for axes in figure.axes} == {"linear"}
 
 
 def test_a_depth_diagram_shows_what_is_gone_and_in_which_order() -> None:

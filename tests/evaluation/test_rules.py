@@ -58,6 +58,40 @@ def test_a_dear_metric_is_recommended_where_it_is_better_beyond_noise() -> None:
     assert rule.recommended == rule.best == "shapley_loss"
 
 
+def test_tasks_have_rules_of_their_own_by_measure() -> None:
+    content = curve({"cosine": 0.0, "l2": 0.4, "leave_one_out_loss": 0.1})
+    right = {"cosine": 40, "l2": 100, "leave_one_out_loss": 90}  # of 200 questions
+    likelihood = {"cosine": -1.5, "l2": -1.5, "leave_one_out_loss": -1.0}
+    shared = {"kind": "block", "replacement": "none", "removed": 2, "of": 30}
+    content["tasks"] = {
+        "easy": {"measure": "accuracy", "fingerprint": "e"},
+        "hard": {"measure": "likelihood", "fingerprint": "h"},
+    }
+    content["task_rows"] = [
+        {"task": "easy", "metric": metric, "scores": [1.0] * count + [0.0] * (200 - count), **shared}
+        for metric, count in right.items()
+    ]
+    noise = np.random.default_rng(0).normal(0, 0.1, 50)
+    content["task_rows"] += [
+        {"task": "hard", "metric": metric, "scores": (value + noise).tolist(), **shared}
+        for metric, value in likelihood.items()
+    ]
+    text, easy, hard = rules_of([content])
+    assert [(rule.measure, rule.names) for rule in (text, easy, hard)] == [
+        ("loss", ("news",)),
+        ("accuracy", ("easy",)),
+        ("likelihood", ("hard",)),
+    ]
+    assert text.recommended == "cosine"
+    assert easy.recommended == easy.best == "l2"
+    assert easy.regrets["cosine"].value == pytest.approx(0.3)  # 60 of 200 questions
+    assert easy.regrets["leave_one_out_loss"].low > 0
+    assert hard.recommended == "leave_one_out_loss"
+    assert hard.regrets["cosine"].value == pytest.approx(0.5)
+    assert (easy.documents, hard.documents) == (200, 50)
+    assert len(silent_about([easy, hard])) == 12  # which is about text
+
+
 def test_different_texts_are_pooled() -> None:
     one = curve({"cosine": 0.0, "l2": 0.1, "random": 0.9})
     other = curve({"cosine": 0.4, "l2": 0.1}, seed=1)

@@ -1,11 +1,11 @@
-"""``depthprune curve``: held-out loss by how many sites go, for the orders of several metrics."""
+"""``depthprune curve``: held-out loss and task scores by how many sites go, for the orders of several metrics."""
 
 from __future__ import annotations
 
 import math
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +15,31 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from depthprune.anatomy import unpruned_fingerprint
+from depthprune.data.answers import AnswerBatches, held_apart, named_tasks, open_answers
 from depthprune.data.batches import Batches
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
 from depthprune.evaluation.curve import NONE, PASS, UNPRUNED, Variant, emulated_updates, first_sites, variant_losses
 from depthprune.evaluation.domains import DomainLoss
-from depthprune.evaluation.figures import curve_figure, depth_diagram
+from depthprune.evaluation.figures import curve_figure, depth_diagram, task_curve_figure
+from depthprune.evaluation.points import Plans, removal_orders, task_points, text_points
 from depthprune.figures import write_figures
 from depthprune.files import make_folder, only_writer, write_json, write_text
+from depthprune.head import Batch
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
 from depthprune.names import slug
 from depthprune.progress import tracked
 from depthprune.report.curve import console_table, curve_csv, curve_report
 from depthprune.report.html import write_page
+from depthprune.report.task_curve import task_csv
 from depthprune.saved_sums import SavedSums
 from depthprune.sites import PLURALS, Site
-from depthprune.variants import Absent, Standing
+from depthprune.variants import Standing
 
 VERSION = 2
 EMULATED = "emulated_update"
-
-Plans = Mapping[tuple[str, str, int], Absent]
 
 
 def curve(
@@ -46,11 +48,13 @@ def curve(
     text: TextSource,
     output: str,
     domains: dict[str, TextSource] | None = None,
+    tasks: Sequence[str] = (),
     metrics: Sequence[str] | None = None,
     remove: dict[str, list[int]] = {"block": [3, 6, 10], "attention": [5, 10, 15]},  # noqa: B006 -- not changed
     scales: Sequence[float] = (),
     calibration_sequences: int = 32,
     test_sequences: int = 32,
+    test_questions: int = 200,
     sequence_length: int = 256,
     batch_size: int = 4,
     shares: RoleShares = RoleShares(),  # noqa: B008 -- frozen
@@ -61,11 +65,11 @@ def curve(
     accelerator: str = "auto",
     save_every: int = 4,
 ) -> None:
-    """Remove the first sites of every metric's order and measure the loss on held-out text; writes a report.
+    """Remove the first sites of every metric's order and measure held-out text and multiple-choice tasks.
 
     All variants are run with shared prefixes, with nothing and with emulated updates in the removed places. Writes
-    curve.html, curve.md, curve.png, removed.png, curve.csv, curve.json and TensorBoard. A run that was stopped goes on
-    with the same command.
+    curve.html, .md, .png, .csv and .json, removed.png, with tasks also tasks.png and tasks.csv, and TensorBoard. A run
+    that was stopped goes on with the same command.
 
     Args:
         model: an embedded model's name, a hub name or a folder.
@@ -73,13 +77,15 @@ def curve(
         text: the text; its test role is the first domain, its fit role gives the mean updates.
         output: folder for the results.
         domains: more texts to measure on, by name.
+        tasks: multiple-choice questions to ask: names of embedded tasks, or files or folders of questions.
         metrics: which of the table's metrics; all if not given.
         remove: kind of site to the numbers of sites that go.
         scales: beside nothing, emulated updates (the mean of what each site adds) times each of these stand there.
         calibration_sequences: how many sequences the mean updates are over.
         test_sequences: how many sequences of each domain to measure on.
-        sequence_length: tokens of a sequence.
-        batch_size: sequences of a batch.
+        test_questions: at most so many questions of each task to ask; those that `tradeoff` scores on are not asked.
+        sequence_length: tokens of a sequence; of a longer question the first ones are left out.
+        batch_size: sequences, or answers, of a batch.
         shares: shares of the documents for the four roles.
         seed: of the order of the text.
         dtype: auto (as saved), bfloat16, float16 or float32.
@@ -96,6 +102,10 @@ def curve(
         if not plans:
             raise ValueError(f"The table scores none of the kinds {', '.join(remove)}: score them first.")
         names = _names(scales)
+        if tasks and test_questions < 1:
+            raise ValueError(f"test_questions is {test_questions}: set it to 1 or more.")
+        named = named_tasks(tasks, [text.title, *(domains or {})])
+        questions = {name: held_apart(task, 0, test_questions)[1] for name, task in named.items()}
         data = TextDataModule(
             tokenizer=model,
             revision=revision,
@@ -109,7 +119,7 @@ def curve(
             seed=seed,
         )
         fabric = start_fabric(accelerator)
-        causal_lm, _ = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
+        causal_lm, tokenizer = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
         table.fingerprint.check(unpruned_fingerprint(causal_lm))
         torch.nn.Module.to(causal_lm, fabric.device)
         loaders = data.test_dataloader()
@@ -118,9 +128,13 @@ def curve(
         print(f"Measuring {1 + len(variants) * (1 + len(names))} variants of {model} on each of:", flush=True)
         for domain, batches in loaders.items():
             print(f"  {domain}: {batches.token_count} tokens", flush=True)
+        asked = {name: open_answers(some, tokenizer, sequence_length, batch_size) for name, some in questions.items()}
+        for task, some in questions.items():
+            print(f"  {task}: {len(some)} questions", flush=True)
         settings = {
             "weights": unpruned_fingerprint(causal_lm).weights,
             "tokens": {domain: batches.fingerprint for domain, batches in loaders.items()},
+            "questions": {task: answers.fingerprint for task, answers in asked.items()},
             "calibration": data.calibration_dataloader().fingerprint if names else None,
             "sequence_length": sequence_length,
             "batch_size": batch_size,
@@ -132,20 +146,20 @@ def curve(
         saved = SavedSums(folder / "progress.safetensors", settings, save_every)
         if saved.done:
             print(f"Going on from what a run before had summed in {folder}.", flush=True)
-        losses = {
-            domain: variant_losses(
-                causal_lm,
-                batches,
-                variants,
-                standing,
-                lambda items, left, domain=domain: tracked(items, f"Held-out loss, {domain}", left),  # type: ignore[misc]
-                saved,
-                f"{PASS} {domain}",
-            )
-            for domain, batches in loaders.items()
+
+        def measured(name: str, batches: Batches | AnswerBatches, title: str) -> dict[Variant, DomainLoss]:
+            def watch(items: Iterable[Batch], left: int) -> Iterator[Batch]:
+                return tracked(items, f"{title}, {name}", left)
+
+            losses = variant_losses(causal_lm, batches, variants, standing, watch, saved, f"{PASS} {name}")
+            _check_finite(name, losses)
+            return losses
+
+        losses = {name: measured(name, batches, "Held-out loss") for name, batches in loaders.items()}
+        scores = {
+            task: task_points(task, answers, measured(task, answers, "Asking"), plans, table.sites)
+            for task, answers in asked.items()
         }
-        _check_finite(losses)
-        rows = _rows(table, plans, losses, [NONE, *standing])
         content: dict[str, Any] = {
             "depthprune_curve": VERSION,
             "model": model,
@@ -154,11 +168,13 @@ def curve(
             "calibration_tokens": data.calibration_dataloader().token_count if names else 0,
             "influence": dict(table.provenance),
             "blocks": table.fingerprint.architecture["num_hidden_layers"],
-            "orders": _orders(table, plans),
+            "orders": removal_orders(table, plans),
             "domains": {
                 name: _about(data.domains[name], loaders[name].fingerprint, found) for name, found in losses.items()
             },
-            "rows": rows,
+            "rows": [row for name, found in losses.items() for row in text_points(name, found, plans, table.sites)],
+            "tasks": {task: about for task, (about, _) in scores.items()},
+            "task_rows": [row for _, rows in scores.values() for row in rows],
         }
         write_json(folder / "curve.json", content)
         write_text(folder / "curve.csv", curve_csv(content))
@@ -167,13 +183,17 @@ def curve(
             "held-out loss by sites removed": ("curve.png", curve_figure(content)),
             "sites removed": ("removed.png", depth_diagram(orders, content["blocks"], is_ordered=True)),
         }
+        if asked:
+            write_text(folder / "tasks.csv", task_csv(content))
+            figures["task scores by sites removed"] = ("tasks.png", task_curve_figure(content))
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # points of a run before would stay
         write_figures(folder, figures)
         write_page(folder / "curve.md", curve_report(content))
         _log(folder, content)
         saved.remove()
         Console().print(console_table(content))
-        print(f"Wrote curve.html, .md, .csv, .json, two figures and TensorBoard's files to {folder}.")
+        written = "curve.html, .md, .csv, .json, " + ("tasks.csv, " if asked else "")
+        print(f"Wrote {written}figures and TensorBoard's files to {folder}.")
         first = content["rows"][0]
         command = ["depthprune", "prune", "--model", model, "--influence", influence, "--metric", first["best"]]
         command += [
@@ -213,20 +233,19 @@ def _standing(
     return {names[scale]: standing for scale, standing in found.items()}
 
 
-def _check_finite(losses: Mapping[str, Mapping[Variant, DomainLoss]]) -> None:
+def _check_finite(name: str, losses: Mapping[Variant, DomainLoss]) -> None:
     """Refuse to draw what is no number.
 
     Raises:
         ValueError: a loss is not finite.
     """
-    for domain, found in losses.items():
-        for (replacement, absent), loss in found.items():
-            if not math.isfinite(loss.loss):
-                sites = ", ".join(map(str, sorted(absent))) or "nothing"
-                raise ValueError(
-                    f"The loss on {domain} is {loss.loss} with {sites} removed and {replacement} in their place: leave "
-                    "that out (metrics, remove or scales), or set dtype to float32."
-                )
+    for (replacement, absent), loss in losses.items():
+        if not math.isfinite(loss.loss):
+            sites = ", ".join(map(str, sorted(absent))) or "nothing"
+            raise ValueError(
+                f"The loss on {name} is {loss.loss} with {sites} removed and {replacement} in their place: leave "
+                "that out (metrics, remove or scales), or set dtype to float32."
+            )
 
 
 def _about(source: TextSource, fingerprint: str, losses: Mapping[Variant, DomainLoss]) -> dict[str, Any]:
@@ -242,62 +261,27 @@ def _about(source: TextSource, fingerprint: str, losses: Mapping[Variant, Domain
     }
 
 
-def _orders(table: InfluenceTable, plans: Plans) -> list[dict[str, Any]]:
-    """In which order sites go, up to the largest number of each metric and kind."""
-    gone: dict[tuple[str, str], Absent] = {}
-    for (metric, kind, _), absent in plans.items():
-        gone[metric, kind] = max(gone.get((metric, kind), UNPRUNED), absent, key=len)
-    return [
-        {"metric": metric, "kind": kind, "sites": [str(site) for site in table.order(metric, [kind]) if site in absent]}
-        for (metric, kind), absent in gone.items()
-    ]
-
-
-def _rows(
-    table: InfluenceTable, plans: Plans, losses: Mapping[str, Mapping[Variant, DomainLoss]], replacements: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Every point of the curves; ``best`` is the metric of lowest loss with the same in the same number of places."""
-    rows = []
-    for domain, found in losses.items():
-        for replacement in replacements:
-            best: dict[tuple[str, int], str] = {}
-            for metric, kind, number in sorted(plans, key=lambda plan: found[replacement, plans[plan]].loss):
-                best.setdefault((kind, number), metric)
-            for (metric, kind, number), absent in plans.items():
-                loss, lowest = found[replacement, absent], found[replacement, plans[best[kind, number], kind, number]]
-                rows.append(
-                    {
-                        "domain": domain,
-                        "metric": metric,
-                        "kind": kind,
-                        "replacement": replacement,
-                        "removed": number,
-                        "of": sum(site.kind == kind for site in table.sites),
-                        "sites": [str(site) for site in sorted(absent)],
-                        "loss": loss.loss,
-                        "above_unpruned": loss.minus(found[NONE, UNPRUNED]).to_dict(),
-                        "above_none": None if replacement == NONE else loss.minus(found[NONE, absent]).to_dict(),
-                        "best": best[kind, number],
-                        "above_best": loss.minus(lowest).to_dict(),
-                        "nats": loss.to_dict()["nats"],
-                    }
-                )
-    return rows
-
-
 def _log(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write the curves as scalars, with the number of removed sites as the step: a run for each line of the figure."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    """Write the curves as scalars, with the number of removed sites as the step: a run for each line of the figures."""
+    runs: dict[str, dict[tuple[str, int], float]] = {}
     for row in content["rows"]:
-        groups.setdefault(slug(f"{row['metric']}-{row['replacement']}"), []).append(row)
-    for run, rows in groups.items():
+        points = runs.setdefault(_line(row), {})
+        tag = f"{row['domain']}/loss by {PLURALS[row['kind']]} removed"
+        points[tag, 0] = content["domains"][row["domain"]]["unpruned_loss"]
+        points[tag, row["removed"]] = row["loss"]
+    for row in content["task_rows"]:
+        points, about = runs[_line(row)], content["tasks"][row["task"]]
+        tag = f"{row['task']}/{about['measure']} by {PLURALS[row['kind']]} removed"
+        points[tag, 0] = about["unpruned_score"]
+        points[tag, row["removed"]] = row["score"]
+    for run, points in runs.items():
         logger = TensorBoardLogger(folder, name="tensorboard", version=run)
         board: Any = logger.experiment
-        points: dict[tuple[str, int], float] = {}
-        for row in rows:
-            tag = f"{row['domain']}/loss by {PLURALS[row['kind']]} removed"
-            points[tag, 0] = content["domains"][row["domain"]]["unpruned_loss"]
-            points[tag, row["removed"]] = row["loss"]
-        for (tag, removed), loss in sorted(points.items()):
-            board.add_scalar(tag, loss, removed)
+        for (tag, removed), value in sorted(points.items()):
+            board.add_scalar(tag, value, removed)
         logger.finalize("success")
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """The name of the run that a point belongs to."""
+    return slug(f"{row['metric']}-{row['replacement']}")

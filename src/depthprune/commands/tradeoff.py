@@ -14,15 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from depthprune.anatomy import Anatomy, unpruned_fingerprint
 from depthprune.configuration import as_data, saved_results
-from depthprune.data.answers import AnswerBatches, halves, open_answers
+from depthprune.data.answers import AnswerBatches, held_apart, named_tasks, open_answers
 from depthprune.data.batches import Batches
 from depthprune.data.module import one_text
-from depthprune.data.questions import ChoiceSource, Question, read_questions
+from depthprune.data.questions import Question
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
-from depthprune.embedded_catalogue import TASKS
+from depthprune.evaluation.answers import answers_of, chance_of, measure_of
 from depthprune.evaluation.curve import UNPRUNED
-from depthprune.evaluation.tradeoff import answers_of, measure_of
 from depthprune.figures import write_figures
 from depthprune.files import make_folder, only_writer, write_json
 from depthprune.influence.ablation import Sampling
@@ -91,14 +90,16 @@ def tradeoff(
         raise unknown_name("kind of site", kind, KINDS)
     if metric not in METRICS:
         raise unknown_name("metric", metric, METRICS)
-    named = _named(tasks, text.title)
+    if len(tasks) < 2:
+        raise ValueError("tasks needs two or more tasks: a trade-off is between them.")
+    named = named_tasks(tasks, ["unpruned", text.title, *(Path(task).stem + ORACLE for task in tasks)])
     if min(score_questions, test_questions, remove) < 1:
         raise ValueError("score_questions, test_questions and remove must be 1 or more.")
     folder = make_folder(output)
     with only_writer(folder, "tradeoff"):
         version = ("depthprune_tradeoff", VERSION)
         content = saved_results(folder / RESULTS, "a trade-off", version, config, ["plans", "tasks"])
-        asked = {name: _questions(task, score_questions, test_questions) for name, task in named.items()}
+        asked = {name: held_apart(task, score_questions, test_questions) for name, task in named.items()}
         fabric = start_fabric(accelerator)
         causal_lm, tokenizer = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
         torch.nn.Module.to(causal_lm, fabric.device)
@@ -130,32 +131,6 @@ def tradeoff(
         command = ["depthprune", "prune", "--model", model, "--influence", table, "--metric", metric]
         command += ["--kinds", f"[{kind}]", "--remove", str(remove), "--output", "checkpoints/pruned"]
         print(f"Next: {shlex.join(command)}")
-
-
-def _named(tasks: Sequence[str], text: str) -> dict[str, str]:
-    """Tasks by the name that they have in reports: of a file or folder its own, without where it lies.
-
-    Raises:
-        ValueError: there are fewer than two, or two of one name, or one has a name that is taken.
-    """
-    named = {task if task in TASKS else Path(task).stem: task for task in tasks}
-    if len(named) < len(tasks) or len(tasks) < 2:
-        raise ValueError("tasks needs two or more tasks of different names: a trade-off is between them.")
-    taken = {"unpruned", text, *(name + ORACLE for name in named)} & set(named)
-    if taken:
-        raise ValueError(f"The name of the task {min(taken)} stands for something else here: rename its file.")
-    return named
-
-
-def _questions(task: str, score: int, test: int) -> tuple[list[Question], list[Question]]:
-    """The questions that give a task's influence, and those that are asked; none shares a passage across."""
-    questions, _ = read_questions(ChoiceSource(task))
-    places = halves(questions)
-    if not places["score"] or not places["test"]:
-        raise ValueError(f"The task {task} has too few questions to hold some apart: name another one.")
-    return tuple(
-        [questions[place] for place in places[role][:most]] for role, most in (("score", score), ("test", test))
-    )  # type: ignore[return-value]
 
 
 class _Run:
@@ -243,11 +218,11 @@ class _Run:
         )
         if not all(np.isfinite(answers.likelihood).all() for answers in found.values()):
             raise ValueError(f"A loss on {task} is not finite: remove fewer sites, or set dtype to float32.")
-        options = [len(question.options) for question in questions]
+        options = batches.options
         scores = {"unpruned": found[UNPRUNED], **{name: found[plan] for name, plan in plans.items()}}
         self.content["tasks"][task] = {
             "questions": len(questions),
-            "chance": sum(1 / count for count in options) / len(options),
+            "chance": chance_of(options),
             "measure": measure_of(found[UNPRUNED], options),
             "fingerprint": batches.fingerprint,
             "answers": {

@@ -7,9 +7,11 @@ are noise, and how likely it finds the right answer still tells one pruning from
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,8 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from depthprune.data.batches import deal
 from depthprune.data.groups import group_documents
 from depthprune.data.packing import PackingSpec
-from depthprune.data.questions import Question
+from depthprune.data.questions import ChoiceSource, Question, read_questions
 from depthprune.data.roles import RoleShares, role_of
+from depthprune.embedded_catalogue import TASKS
 
 HALVES = RoleShares(score=0.5, fit=0.0, tune=0.0, test=0.5)
 
@@ -67,6 +70,11 @@ class AnswerBatches:
     def document_count(self) -> int:
         """How many answers there are in all processes together."""
         return len(self.answers)
+
+    @property
+    def options(self) -> list[int]:
+        """Of each question how many options there are to choose from."""
+        return list(Counter(answer.question for answer in self.answers).values())
 
     @property
     def token_count(self) -> int:
@@ -178,3 +186,41 @@ def halves(questions: Sequence[Question], shares: RoleShares = HALVES) -> dict[s
     for place, group in enumerate(groups):
         found[role_of(group, shares)].append(place)
     return found
+
+
+def named_tasks(tasks: Sequence[str], taken: Collection[str] = ()) -> dict[str, str]:
+    """Tasks by the name that they have in reports: of a file or folder its own, without where it lies.
+
+    Args:
+        tasks: names of embedded tasks, files or folders.
+        taken: names that stand for something else.
+
+    Raises:
+        ValueError: two have one name, or one has a name that is taken.
+    """
+    named = {task if task in TASKS else Path(task).stem: task for task in tasks}
+    if len(named) < len(tasks):
+        raise ValueError("Two of the tasks have the same name: rename a file, or name each task once.")
+    clashing = set(taken) & set(named)
+    if clashing:
+        raise ValueError(f"The name of the task {min(clashing)} stands for something else here: rename its file.")
+    return named
+
+
+def held_apart(task: str, score: int, test: int) -> tuple[list[Question], list[Question]]:
+    """Questions of a task for its influence, and others that are asked; none shares a passage across.
+
+    Args:
+        task: an embedded task's name, a file or a folder.
+        score: at most so many for influence.
+        test: at most so many that are asked.
+
+    Raises:
+        ValueError: there are too few to hold some apart, or they cannot be read.
+    """
+    questions, _ = read_questions(ChoiceSource(task))
+    places = halves(questions)
+    if not places["score"] or not places["test"]:
+        raise ValueError(f"The task {task} has too few questions to hold some apart: name another one.")
+    first, second = ([questions[place] for place in places[role]] for role in ("score", "test"))
+    return first[:score], second[:test]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
@@ -11,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from depthprune.evaluation.answers import SCALES
 from depthprune.evaluation.domains import Interval
 from depthprune.influence.figures import CURVE_COLOURS, CURVE_MARKERS, KIND_STYLES
 from depthprune.plotting import new_figure, plain, tidy
@@ -22,6 +24,25 @@ MARKS = (0.1, 1 / 3)
 HALF = 0.4  # the height of a half of a block in a depth diagram
 KEPT = "#E4E4E4"
 REPLACEMENT_LINES = ("-", "--", ":", "-.")
+UNPRUNED_LINE = (0, (1, 1))
+CHANCE_LINE = (0, (5, 2, 1, 2))
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A text or task that curves are drawn for.
+
+    Attributes:
+        name: of the text or task.
+        label: of the vertical axis.
+        unpruned: the unpruned model's figure.
+        chance: that of one who guesses; None where there is no such thing.
+    """
+
+    name: str
+    label: str
+    unpruned: float
+    chance: float | None = None
 
 
 def curve_figure(content: Mapping[str, Any]) -> Figure:
@@ -33,31 +54,69 @@ def curve_figure(content: Mapping[str, Any]) -> Figure:
     Args:
         content: of curve.json.
     """
-    rows, domains = content["rows"], list(content["domains"])
+    columns = [_Column(name, "loss (nats/token)", about["unpruned_loss"]) for name, about in content["domains"].items()]
+    return _curves(content["rows"], columns, "domain", "above_unpruned", share_losses=True)
+
+
+def task_curve_figure(content: Mapping[str, Any]) -> Figure:
+    """Task scores by how many sites go; panels, colours and lines as in :func:`curve_figure`.
+
+    Args:
+        content: of curve.json, with tasks.
+    """
+    labels = {"accuracy": "accuracy (%)", "likelihood": "log-likelihood (nats)"}
+    columns = [
+        _Column(
+            name,
+            labels[about["measure"]],
+            about["unpruned_score"],
+            SCALES["accuracy"] * about["chance"] if about["measure"] == "accuracy" else None,
+        )
+        for name, about in content["tasks"].items()
+    ]
+    return _curves(content["task_rows"], columns, "task", "over_unpruned")
+
+
+def _curves(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[_Column], key: str, gap: str, share_losses: bool = False
+) -> Figure:
+    """Curves in a row of panels for each kind of site.
+
+    Args:
+        rows: the points.
+        columns: texts or tasks.
+        key: under which a point names its column.
+        gap: under which it has its difference to the unpruned model.
+        share_losses: whether the panels of a row share their vertical axis.
+    """
     kinds, metrics, replacements = (
-        list(dict.fromkeys(row[key] for row in rows)) for key in ("kind", "metric", "replacement")
+        list(dict.fromkeys(row[name] for row in rows)) for name in ("kind", "metric", "replacement")
     )
     figure = new_figure(0.9 + 2.9 * len(kinds) + 0.2 * ((len(metrics) + len(replacements) + 3) // 4))
-    grid = figure.subplots(len(kinds), len(domains), sharex="row", sharey="row", squeeze=False)
+    grid = figure.subplots(
+        len(kinds), len(columns), sharex="row", sharey="row" if share_losses else "none", squeeze=False
+    )
     for panels, kind in zip(grid, kinds, strict=True):
         mine = [row for row in rows if row["kind"] == kind]
         numbers, total = sorted({row["removed"] for row in mine}), mine[0]["of"]
-        for axes, domain in zip(panels, domains, strict=True):
-            unpruned = content["domains"][domain]["unpruned_loss"]
+        for axes, column in zip(panels, columns, strict=True):
             for number, metric in enumerate(metrics):
                 for line, replacement in zip(cycle(REPLACEMENT_LINES), replacements, strict=False):
-                    chosen = (metric, replacement, domain)
-                    points = [r for r in mine if (r["metric"], r["replacement"], r["domain"]) == chosen]
-                    _draw(axes, sorted(points, key=lambda row: row["removed"]), unpruned, number, line)
-            axes.axhline(unpruned, color="black", lw=1, ls=(0, (1, 1)))
+                    chosen = (metric, replacement, column.name)
+                    points = [r for r in mine if (r["metric"], r["replacement"], r[key]) == chosen]
+                    steps = [(row["removed"], Interval.from_dict(row[gap])) for row in points]
+                    _draw(axes, sorted(steps, key=lambda step: step[0]), column.unpruned, number, line)
+            axes.axhline(column.unpruned, color="black", lw=1, ls=UNPRUNED_LINE)
+            if column.chance is not None:
+                axes.axhline(column.chance, color="#999999", lw=1, ls=CHANCE_LINE)
             for share in MARKS:
                 if numbers[0] <= share * total <= numbers[-1]:
                     axes.axvline(share * total, color="#999999", lw=0.8, ls=(0, (4, 3)))
                     place = {"xy": (share * total, 1), "xycoords": ("data", "axes fraction"), "xytext": (2, -9)}
                     axes.annotate(f"{share:.0%}", **place, textcoords="offset points", fontsize=8, color="#666666")
-            if max(row["loss"] for row in mine) > SPREAD * unpruned:
+            if max(row.get("loss", 0.0) for row in mine) > SPREAD * column.unpruned > 0:
                 axes.set_yscale("log")
-            tidy(axes, domain, ylabel="loss (nats/token)" if axes is panels[0] else "")
+            tidy(axes, column.name, ylabel=column.label if axes is panels[0] or not share_losses else "")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
             axes.set_xlabel(f"{PLURALS[kind]} removed, of {total}", fontsize=9.5)
     colours = [_line(number, "-", plain(metric)) for number, metric in enumerate(metrics)]
@@ -65,7 +124,9 @@ def curve_figure(content: Mapping[str, Any]) -> Figure:
         Line2D([], [], color="black", ls=line, lw=1.3, label=plain(replacement.replace("_", " ")))
         for line, replacement in zip(cycle(REPLACEMENT_LINES), replacements, strict=False)
     ]
-    handles = [*colours, *lines, Line2D([], [], color="black", ls=(0, (1, 1)), lw=1, label="unpruned")]
+    handles = [*colours, *lines, Line2D([], [], color="black", ls=UNPRUNED_LINE, lw=1, label="unpruned")]
+    if any(column.chance is not None for column in columns):
+        handles.append(Line2D([], [], color="#999999", ls=CHANCE_LINE, lw=1, label="chance"))
     figure.legend(handles=handles, loc="outside upper center", ncols=4, fontsize=9, frameon=False)
     return figure
 
@@ -117,13 +178,13 @@ def _line(number: int, line: str, label: str) -> Line2D:
     return Line2D([], [], color=colour, marker=marker, ls=line, lw=1.3, ms=3.5, label=label)
 
 
-def _draw(axes: Any, points: Sequence[Mapping[str, Any]], unpruned: float, number: int, line: str) -> None:
+def _draw(axes: Any, steps: Sequence[tuple[int, Interval]], unpruned: float, number: int, line: str) -> None:
     """One metric's curve with its band, from the unpruned model on."""
-    if not points:
+    if not steps:
         return
     style = _line(number, line, "")
-    removed = [0, *(row["removed"] for row in points)]
-    gaps = [Interval(0, 0, 0), *(Interval.from_dict(row["above_unpruned"]) for row in points)]
+    removed = [0, *(place for place, _ in steps)]
+    gaps = [Interval(0, 0, 0), *(gap for _, gap in steps)]
     low, high = ([unpruned + getattr(gap, side) for gap in gaps] for side in ("low", "high"))
     axes.fill_between(removed, low, high, color=style.get_color(), alpha=0.15, lw=0)
     axes.plot(

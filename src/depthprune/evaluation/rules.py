@@ -1,20 +1,21 @@
 """Which metric to prune by: a rule for each kind of site and share of sites, from measured pruning curves.
 
-The regret of a metric is the loss of its plans above that of the metric whose plans lose least, on the same documents.
+The regret of a metric is what its plans lose beyond those of the metric whose plans lose least, on the same documents
+or questions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from depthprune.evaluation.answers import MEASURES
 from depthprune.evaluation.curve import NONE
 from depthprune.evaluation.domains import DomainLoss, Interval
 from depthprune.evaluation.paired import paired
-from depthprune.evaluation.tradeoff import MEASURES, agnostic
 from depthprune.influence.ablation import ABLATION_METRICS
 from depthprune.influence.baselines import BASELINES
 from depthprune.influence.gradient import GRADIENT_METRICS
@@ -23,6 +24,10 @@ from depthprune.sites import KINDS
 SHARES = ((0.0, 0.1), (0.1, 0.2), (0.2, 1 / 3), (1 / 3, 1.0))
 """Shares of the sites of a kind that go, each over the first and up to the second number."""
 
+RULE_MEASURES = ("loss", *MEASURES)
+"""What a rule can be about: the loss of text, or tasks by the measure by which they enter."""
+
+CURVE_PARTS = (("domains", "tasks"), ("rows", "task_rows"))  # of curve.json: about texts, and about tasks
 DESIGN_COSTS = {"leave_one_out": 4, "subnetwork": 5, "shapley": 6}
 
 
@@ -31,16 +36,19 @@ class Rule:
     """Which metric to take for one kind of site and one share of sites.
 
     Attributes:
+        measure: what is measured: ``"loss"`` of text, or ``"accuracy"`` or ``"likelihood"`` on tasks that enter by it.
         kind: of the site.
         low: the share is over this.
         high: and up to this.
-        best: the metric of least loss.
+        best: the metric of least regret.
         recommended: the cheapest one that is not worse than it beyond noise.
-        regrets: every metric's regret, in nats per token.
+        regrets: every metric's regret, in nats per token, or shares of the questions, or nats per question.
         points: how many numbers of sites it is over, in all curves.
-        documents: how many documents it is over.
+        documents: how many documents or questions it is over.
+        names: of the texts or tasks.
     """
 
+    measure: str
     kind: str
     low: float
     high: float
@@ -49,6 +57,7 @@ class Rule:
     regrets: Mapping[str, Interval]
     points: int
     documents: int
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -95,63 +104,90 @@ def rules_of(curves: Sequence[Mapping[str, Any]]) -> list[Rule]:
     """The rules that pruning curves of one model support, with nothing in the removed places.
 
     Args:
-        curves: contents of curve.json. Points on the same text are averaged, different texts are pooled.
+        curves: contents of curve.json. Points on the same text or questions are averaged, different ones are pooled.
     """
-    return [rule for kind in KINDS for low, high in SHARES if (rule := _rule(curves, kind, low, high)) is not None]
+    return [
+        rule
+        for measure in RULE_MEASURES
+        for kind in KINDS
+        for low, high in SHARES
+        if (rule := _rule(curves, measure, kind, low, high)) is not None
+    ]
 
 
-Measured = dict[str, dict[tuple[int, int], Sequence[float]]]
-"""By metric, the nats of every document for each curve and number of sites."""
+@dataclass(frozen=True)
+class _Measured:
+    """What curves say about one text or task.
+
+    Attributes:
+        name: of the text or task.
+        sizes: of every document its tokens; 1 for a question.
+        costs: by metric, the summed cost of every document for each curve and number of sites.
+    """
+
+    name: str
+    sizes: Sequence[float]
+    costs: dict[str, dict[tuple[int, int], Sequence[float]]] = field(default_factory=dict)
 
 
-def _rule(curves: Sequence[Mapping[str, Any]], kind: str, low: float, high: float) -> Rule | None:
-    texts: dict[str, tuple[Mapping[str, Any], Measured]] = {}
+def _measured(curves: Sequence[Mapping[str, Any]], measure: str, kind: str, low: float, high: float) -> list[_Measured]:
+    """What curves say by a measure about one kind of site and one share of sites, of every text or task."""
+    found: dict[str, _Measured] = {}
+    is_text = measure == "loss"
     for place, curve in enumerate(curves):
-        for domain, about in curve["domains"].items():
-            for row in curve["rows"]:
-                is_here = (row["domain"], row["kind"], row["replacement"]) == (domain, kind, NONE)
-                if is_here and low < row["removed"] / row["of"] <= high + 1e-9:
-                    _, rows = texts.setdefault(about["fingerprint"], (about, {}))
-                    rows.setdefault(row["metric"], {})[place, row["removed"]] = row["nats"]
-    groups = _comparable(list(texts.values()))
+        texts, rows = (curve[name] if is_text else curve.get(other, {}) for name, other in CURVE_PARTS)
+        for row in rows:
+            name = row["domain" if is_text else "task"]
+            about = texts[name]
+            is_here = (row["kind"], row["replacement"], about.get("measure", "loss")) == (kind, NONE, measure)
+            if is_here and low < row["removed"] / row["of"] <= high + 1e-9:
+                costs = row["nats"] if is_text else [-score for score in row["scores"]]
+                sizes = about["tokens"] if is_text else [1.0] * len(costs)
+                text = found.setdefault(about["fingerprint"], _Measured(name, sizes))
+                text.costs.setdefault(row["metric"], {})[place, row["removed"]] = costs
+    return list(found.values())
+
+
+def _rule(curves: Sequence[Mapping[str, Any]], measure: str, kind: str, low: float, high: float) -> Rule | None:
+    groups, metrics = _comparable(_measured(curves, measure, kind, low, high))
     if not groups:
         return None
     pooled: dict[str, DomainLoss] = {}
-    for metric in groups[0][1]:
+    for metric in metrics:
         parts = []
-        for about, rows in groups:
-            nats = np.mean(list(rows[metric].values()), axis=0)
-            parts.append(DomainLoss.from_dict({"nats": nats, "tokens": about["tokens"], "bytes": about["bytes"]}))
+        for text in groups:
+            costs = np.mean(list(text.costs[metric].values()), axis=0)
+            parts.append(DomainLoss.from_dict({"nats": costs, "tokens": text.sizes, "bytes": text.sizes}))
         pooled[metric] = DomainLoss.pooled(parts)
     best = min(pooled, key=lambda name: pooled[name].loss)
     regrets = {name: pooled[name].minus(pooled[best]) for name in sorted(pooled, key=lambda name: pooled[name].loss)}
     near = [name for name, regret in regrets.items() if name == best or regret.low <= 0]  # not where it is not known
     recommended = min(near, key=lambda name: (cost_of(name), pooled[name].loss))
-    points = sum(len(rows[best]) for _, rows in groups)
-    return Rule(kind, low, high, best, recommended, regrets, points, pooled[best].documents)
+    points = sum(len(text.costs[best]) for text in groups)
+    names = tuple(dict.fromkeys(text.name for text in groups))
+    return Rule(measure, kind, low, high, best, recommended, regrets, points, pooled[best].documents, names)
 
 
-def _comparable(texts: Sequence[tuple[Mapping[str, Any], Measured]]) -> list[tuple[Mapping[str, Any], Measured]]:
-    """Texts with two metrics or more that all of them have at the same points, and of each the losses of those alone.
+def _comparable(texts: Sequence[_Measured]) -> tuple[list[_Measured], list[str]]:
+    """Texts that have two metrics or more at the same points, and the metrics that all of them have so.
 
     A text that shares less with the others, which have more metrics, is left out.
     """
     shared: set[str] = set()
-    chosen: list[tuple[Mapping[str, Any], Measured]] = []
-    for about, rows in sorted(texts, key=lambda text: -len(text[1])):
-        points = max((frozenset(found) for found in rows.values()), key=len)
-        names = {name for name, found in rows.items() if frozenset(found) == points}
+    chosen: list[_Measured] = []
+    for text in sorted(texts, key=lambda text: -len(text.costs)):
+        points = max((frozenset(found) for found in text.costs.values()), key=len)
+        names = {name for name, found in text.costs.items() if frozenset(found) == points}
         both = names & shared if chosen else names
         if len(both) >= 2:
             shared = both
-            chosen.append((about, rows))
-    order = [name for name in chosen[0][1] if name in shared] if chosen else []
-    return [(about, {name: rows[name] for name in order}) for about, rows in chosen]
+            chosen.append(text)
+    return chosen, [name for name in chosen[0].costs if name in shared] if chosen else []
 
 
 def silent_about(rules: Sequence[Rule]) -> list[tuple[str, float, float]]:
-    """The kinds of site and shares that no rule is about."""
-    known = {(rule.kind, rule.low, rule.high) for rule in rules}
+    """The kinds of site and shares that no rule for text is about."""
+    known = {(rule.kind, rule.low, rule.high) for rule in rules if rule.measure == "loss"}
     return [(kind, *share) for kind in KINDS for share in SHARES if (kind, *share) not in known]
 
 
@@ -197,3 +233,8 @@ def _gains(
             mine.append(np.mean([answers[name][key] for name in chosen], axis=0))
             others.append(np.asarray(answers[base][key]))
     return paired(np.concatenate(mine), np.concatenate(others)) if mine else None
+
+
+def agnostic(content: Mapping[str, Any]) -> str:
+    """The name of the task-agnostic plan in the content of tradeoff.json."""
+    return next(name for name, plan in content["plans"].items() if plan["source"] == "text")

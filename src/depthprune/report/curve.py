@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,9 +14,9 @@ from depthprune.evaluation.domains import DomainLoss, Interval, is_quick
 from depthprune.evaluation.figures import MARKS
 from depthprune.report.markdown import escaped, gap_text, starred
 from depthprune.report.markdown import table as markdown_table
+from depthprune.report.points import Row, point_csv, point_table
+from depthprune.report.task_curve import task_sections
 from depthprune.sites import PLURALS
-
-Row = Mapping[str, Any]
 
 COLUMNS = ("domain", "metric", "kind", "replacement", "removed", "of", "loss")
 INTERVALS = ("above_unpruned", "above_none", "above_best")
@@ -27,16 +25,8 @@ NOISE_NOTE = "Intervals are 95%, by bootstrap over documents, paired"
 
 
 def curve_csv(content: Mapping[str, Any]) -> str:
-    """One line for each point, with intervals and the removed sites."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    ends = [f"{name}{end}" for name in INTERVALS for end in ("", "_low", "_high")]
-    writer.writerow([*COLUMNS, *ends, "sites"])
-    for row in content["rows"]:
-        gaps = [row[name] or {} for name in INTERVALS]
-        values = [gap.get(end) for gap in gaps for end in ("value", "low", "high")]
-        writer.writerow([*(row[name] for name in COLUMNS), *values, " ".join(row["sites"])])
-    return text.getvalue()
+    """One line for each point on a text, with intervals and the removed sites."""
+    return point_csv(content["rows"], COLUMNS, INTERVALS)
 
 
 def curve_report(content: Mapping[str, Any]) -> str:
@@ -56,15 +46,18 @@ def curve_report(content: Mapping[str, Any]) -> str:
     for domain in domains:
         for kind in dict.fromkeys(row["kind"] for row in content["rows"]):
             parts.append(f"## {escaped(domain)}: loss above the unpruned model by {PLURALS[kind]} removed")
-            parts.append(_loss_table([r for r in content["rows"] if (r["domain"], r["kind"]) == (domain, kind)]))
+            mine = [row for row in content["rows"] if (row["domain"], row["kind"]) == (domain, kind)]
+            parts.append(point_table(mine, _cell))
     parts.append("Bold: the lowest of the metrics with the same in the removed places; * worse than that beyond noise.")
+    parts += task_sections(content)
     parts += ["## Which sites go", "![The sites by depth, with the order in which they go](removed.png)"]
     orders = [
         [PLURALS[order["kind"]], escaped(order["metric"]), ", ".join(site.split(".")[1] for site in order["sites"])]
         for order in content["orders"]
     ]
     parts.append(markdown_table(["kind", "metric", "sites, the first one first"], orders, words=3))
-    parts.append("Every point with its intervals stands in curve.csv.")
+    also = " and tasks.csv" if content.get("tasks") else ""
+    parts.append(f"Every point with its intervals stands in curve.csv{also}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -134,18 +127,6 @@ def _list(words: Sequence[str]) -> str:
 def _loss(row: Row, content: Mapping[str, Any]) -> DomainLoss:
     about = content["domains"][row["domain"]]
     return DomainLoss.from_dict({"nats": row["nats"], "tokens": about["tokens"], "bytes": about["bytes"]})
-
-
-def _loss_table(rows: Sequence[Row]) -> str:
-    """A line for each metric and replacement, a column for each number of sites."""
-    numbers = sorted({row["removed"] for row in rows})
-    body = []
-    for metric in dict.fromkeys(row["metric"] for row in rows):
-        for replacement in dict.fromkeys(row["replacement"] for row in rows):
-            chosen = {r["removed"]: r for r in rows if (r["metric"], r["replacement"]) == (metric, replacement)}
-            cells = [_cell(chosen[number]) if number in chosen else "–" for number in numbers]
-            body.append([escaped(metric), escaped(replacement.replace("_", " ")), *cells])
-    return markdown_table(["metric", "in their place", *map(str, numbers)], body, words=2)
 
 
 def _cell(row: Row) -> str:

@@ -11,21 +11,20 @@ from matplotlib.patches import Rectangle
 from rich.table import Table
 from rich.text import Text
 
+from depthprune.evaluation.answers import MEASURES, SCALES, UNITS
 from depthprune.evaluation.domains import Interval
 from depthprune.evaluation.paired import mcnemar, paired
-from depthprune.evaluation.tradeoff import MEASURES, agnostic
+from depthprune.evaluation.rules import agnostic
 from depthprune.plotting import new_figure, plain, tidy
 from depthprune.report.markdown import escaped
 from depthprune.report.markdown import table as markdown_table
 from depthprune.sites import PLURALS
 
 SURE = 4.0  # standard errors at which a colour is fullest
-UNITS = {"accuracy": "points", "likelihood": "nats"}
 OWN_COLUMNS = (
     *("task", "measure", "questions", "unpruned", "task-agnostic", "own plan gains", "p", "oracle gains", "p"),
     *("others better", "others worse"),
 )
-SCALES = {"accuracy": 100.0, "likelihood": 1.0}
 
 
 def scores(content: Mapping[str, Any], plan: str, task: str) -> np.ndarray:
@@ -48,7 +47,7 @@ def gain(content: Mapping[str, Any], plan: str, task: str, other: str | None = N
     return Interval(scale * gap.value, scale * gap.low, scale * gap.high)
 
 
-def chance_of(content: Mapping[str, Any], plan: str, task: str) -> float | None:
+def p_value_of(content: Mapping[str, Any], plan: str, task: str) -> float | None:
     """McNemar's p-value of a plan beside the task-agnostic one; None by likelihood."""
     if content["tasks"][task]["measure"] != "accuracy":
         return None
@@ -172,8 +171,8 @@ def _own_row(content: Mapping[str, Any], task: str) -> list[str]:
     cells += [f"{scale * scores(content, name, task).mean():.2f}" for name in ("unpruned", base)]
     for source in ("task", "oracle"):
         name = own.get(source)
-        chance = chance_of(content, name, task) if name else None
-        cells += [_shown(gain(content, name, task)) if name else "–", "–" if chance is None else f"{chance:.2g}"]
+        p_value = p_value_of(content, name, task) if name else None
+        cells += [_shown(gain(content, name, task)) if name else "–", "–" if p_value is None else f"{p_value:.2g}"]
     others = [gain(content, own["task"], other) for other in content["tasks"] if other != task]
     return [*cells, str(_count(others, 1)), str(_count(others, -1))]
 

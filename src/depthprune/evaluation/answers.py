@@ -1,15 +1,13 @@
-"""What plans made for one task cost on others: scores of single questions, and by which measure a task enters.
+"""How variants of a model answer multiple-choice questions, and by which measure a task enters.
 
-Questions are asked as lm-evaluation-harness asks them: the option of least loss is the answer. All plans share their
-common prefixes.
+Questions are asked as lm-evaluation-harness asks them: the option of least loss is the answer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +23,12 @@ from depthprune.variants import Absent
 MEASURES = {"accuracy": "right", "likelihood": "likelihood"}
 """How a task can be scored, and which of :class:`Answers` that is."""
 
+SCALES = {"accuracy": 100.0, "likelihood": 1.0}
+"""By measure, what a mean score is multiplied by to be shown."""
+
+UNITS = {"accuracy": "points", "likelihood": "nats"}
+"""By measure, the unit of a difference that is shown: percentage points, or nats of log-likelihood."""
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -37,6 +41,10 @@ class Answers:
 
     right: np.ndarray
     likelihood: np.ndarray
+
+    def by(self, measure: str) -> np.ndarray:
+        """Of each question what it scores by a measure, ``(N,)``; higher is better."""
+        return np.asarray(getattr(self, MEASURES[measure]))
 
 
 def answers_of(
@@ -56,11 +64,16 @@ def answers_of(
         saved: keeps the sums on the way, and takes up those of a run before.
     """
     losses = variant_losses(model, batches, variants, None, watch, saved)
-    return {absent: _answers(batches, loss.nats) for (_, absent), loss in losses.items()}
+    return {absent: answers_from(batches, loss.nats) for (_, absent), loss in losses.items()}
 
 
-def _answers(batches: AnswerBatches, nats: np.ndarray) -> Answers:
-    """Scores by question from sums by answer."""
+def answers_from(batches: AnswerBatches, nats: np.ndarray) -> Answers:
+    """Scores by question from sums by answer.
+
+    Args:
+        batches: every option of every question.
+        nats: the summed loss of each, ``(answers,)``.
+    """
     numbers = torch.tensor([answer.question for answer in batches.answers])
     _, places = numbers.unique(return_inverse=True)
     shares = log_shares(-torch.from_numpy(nats), places).tolist()
@@ -77,6 +90,15 @@ def _answers(batches: AnswerBatches, nats: np.ndarray) -> Answers:
     )
 
 
+def chance_of(options: Sequence[int]) -> float:
+    """The share of right answers of one who guesses.
+
+    Args:
+        options: of each question, how many there are to choose from.
+    """
+    return float(np.mean([1 / count for count in options]))
+
+
 def measure_of(unpruned: Answers, options: Sequence[int]) -> str:
     """By which measure a task enters: right answers where the unpruned model is clearly above chance, else likelihood.
 
@@ -84,12 +106,7 @@ def measure_of(unpruned: Answers, options: Sequence[int]) -> str:
         unpruned: its answers.
         options: of each question, how many there are to choose from.
     """
-    chance = float(np.mean([1 / count for count in options]))
+    chance = chance_of(options)
     rate, count = float(unpruned.right.mean()), len(unpruned.right)
     error = math.sqrt(max(rate * (1 - rate), 1 / count) / count)
     return "accuracy" if rate - chance > FAR * error else "likelihood"
-
-
-def agnostic(content: Mapping[str, Any]) -> str:
-    """The name of the task-agnostic plan in the content of tradeoff.json."""
-    return next(name for name, plan in content["plans"].items() if plan["source"] == "text")

@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from depthprune.data.answers import open_answers
 from depthprune.data.questions import Question
-from depthprune.evaluation.tradeoff import Answers, answers_of, measure_of
+from depthprune.evaluation.answers import Answers, answers_of, measure_of
 from depthprune.sites import Site
+from tests.answering import answers_by_hand
 from tests.brute_force import NOTHING, without
 from tests.tiny_models import tiny_model
 
@@ -35,18 +34,7 @@ def test_answers_are_those_of_whole_forwards(tiny_tokenizer: PreTrainedTokenizer
     found = answers_of(model, open_answers(questions, tiny_tokenizer, 64, 4), variants)
     for group, absent in [([], frozenset()), *zip(names, variants, strict=True)]:
         reference = without(model, dict.fromkeys(group, NOTHING))
-        right, likelihood = [], []
-        for question in questions:
-            start = len(tiny_tokenizer(f"{question.question}\nAnswer:")["input_ids"])
-            losses = []
-            for option in question.options:
-                ids = torch.tensor(tiny_tokenizer(f"{question.question}\nAnswer: {option}")["input_ids"])
-                with torch.no_grad():
-                    logits = reference(ids[None]).logits[0, start - 1 : -1]
-                losses.append(functional.cross_entropy(logits, ids[start:], reduction="sum").item())
-            right.append(float(np.argmin(losses) == question.answer))
-            weights = np.exp(-np.array(losses))
-            likelihood.append(np.log(weights[question.answer] / weights.sum()))
+        right, likelihood = answers_by_hand(reference, tiny_tokenizer, questions)
         assert found[absent].right.tolist() == right
         np.testing.assert_allclose(found[absent].likelihood, likelihood, rtol=1e-5, atol=1e-9)
 
