@@ -14,6 +14,7 @@ LONGEST = 350  # lines
 LAYERS = [
     {
         "names",
+        "origin",
         "nulls",
         "memory",
         "files",
@@ -117,8 +118,9 @@ LAYERS = [
     {"recovery.ladder"},
     {"recovery.ablations"},
     {"recovery.ablation_file"},
-    {"report.results", "report.markdown", "report.html"},
-    {"report.points"},
+    {"report.results", "report.markdown"},
+    {"report.html"},
+    {"report.points", "report.gathered", "report.influence", "report.comparison"},
     {"report.task_curve"},
     {
         "report.findings",
@@ -144,7 +146,7 @@ LAYERS = [
         "commands.prune",
         "commands.tradeoff",
     },
-    {"commands.recommend"},
+    {"commands.recommend", "commands.report"},
     {"study"},
     {"cli"},
     {"__main__"},

@@ -45,7 +45,7 @@ def test_scoring(workshop: Workshop, tmp_path: Path, strategy: str) -> None:
     arguments += ["--sequence_length", LENGTH, "--sequences", 7, "--batch_size", 2, "--accelerator", "cpu"]
     assert run(*arguments, "--output", tmp_path / "one") == 0
     flags = ["--devices", 2, "--strategy", strategy, "--output", tmp_path / "two"]
-    assert in_two_processes(*arguments, *flags).count("Wrote influence.json") == 1
+    assert in_two_processes(*arguments, *flags).count("Wrote influence.html") == 1
     one, two = (InfluenceTable.load(tmp_path / name / "influence.json") for name in ("one", "two"))
     assert two.provenance == one.provenance
     assert two.provenance["tokens"] == 7 * LENGTH

@@ -33,6 +33,7 @@ COMMANDS = {
     "tradeoff": ("depthprune.commands.tradeoff:tradeoff", "what a plan made for one task costs on the others"),
     "recommend": ("depthprune.commands.recommend:recommend", "which metric to prune by, from curves and trade-offs"),
     "ablate": ("depthprune.commands.ablate:ablate", "recover the same sites in several ways, on disjoint samples"),
+    "report": ("depthprune.commands.report:report", "the reports of several results as one page: report a b"),
     "generate": ("depthprune.commands.generate:generate", "write a model's own continuations, to train on"),
     "compare": ("depthprune.commands.compare:compare", "how far influence tables agree: compare a.json b.json"),
     "list": ("depthprune.commands.catalogue:catalogue", "list everything that has a name: models, texts, metrics, ..."),
@@ -40,7 +41,7 @@ COMMANDS = {
 }
 """Each command's room and function, and its line in the help."""
 
-LISTS = {"compare": "--tables", "recommend": "--results"}
+LISTS = {"compare": "--tables", "recommend": "--results", "report": "--results"}
 """Commands whose files need no flag, and the flag that they stand for."""
 
 

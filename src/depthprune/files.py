@@ -102,13 +102,27 @@ def read_json(path: Path | str, what: str) -> Any:
     Raises:
         ValueError: there is no such file, or it is not JSON.
     """
-    path = Path(path)
+    text = read_text(path, what)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"Cannot read {what} from {path}: {error}. Check the path.") from error
+        return json.loads(text)
     except ValueError as error:  # also of a number with too many digits
         raise ValueError(f"{path} is not {what}: it is not valid JSON ({error}). Make it anew.") from error
+
+
+def read_text(path: Path | str, what: str) -> str:
+    """Read a text file.
+
+    Args:
+        path: the file.
+        what: what it should hold, for the error.
+
+    Raises:
+        ValueError: there is no such file, or it is no text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"Cannot read {what} from {path}: {error}. Check the path.") from error
 
 
 def _named(folder: Path | str) -> Path:

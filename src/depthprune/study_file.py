@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ from depthprune.configuration import check_config
 from depthprune.data.module import TextDataModule
 from depthprune.embedded_catalogue import MODELS
 from depthprune.files import read_json, write_json
+from depthprune.origin import origin
 from depthprune.report.results import STUDY_VERSION
 
 REMAINS = ("mean_updates.safetensors", "training")  # what a study without its results would wrongly go on with
@@ -95,7 +92,6 @@ class StudyFile:
 
     def describe(self, causal_lm: PreTrainedModel, name: str, data: TextDataModule) -> None:
         """Put down what the study stands on."""
-        packages = ("depthprune", "torch", "transformers", "lightning", "datasets")
         config = self.content["config"]
         length = config["sequence_length"]
         self.check_same("model", {name: unpruned_fingerprint(causal_lm).weights})
@@ -103,8 +99,7 @@ class StudyFile:
         sets |= {f"test of {domain}": batches for domain, batches in data.test_dataloader().items()}
         self.check_same("text", {part: batches.fingerprint for part, batches in sets.items()})
         self.content.update(
-            command=shlex.join(["depthprune", *sys.argv[1:]]) if Path(sys.argv[0]).stem == "depthprune" else "",
-            versions={"python": platform.python_version(), **{package: version(package) for package in packages}},
+            **origin(),
             model={
                 "name": name,
                 "note": MODELS[name].note if name in MODELS else None,

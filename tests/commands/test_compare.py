@@ -41,6 +41,9 @@ def test_says_on_what_the_order_depends(tmp_path: Path, capsys: pytest.CaptureFi
     one, other = written(tmp_path / "a.json", ONE), written(tmp_path / "b.json", OTHER, text="quac")
     assert run("compare", one, other, "--output", tmp_path / "out") == 0
     assert "Of the variance of the blocks' ranks goes with: text 100%, interactions 0%." in capsys.readouterr().out
+    report = (tmp_path / "out" / "compare.md").read_text()
+    assert "| blocks | 100.0% | 0.0% |" in report
+    assert f"{spearmanr(ONE, OTHER).statistic:.3f} ({spearmanr(ONE, OTHER).statistic:.3f})" in report
     shares = json.loads((tmp_path / "out" / "compare.json").read_text())["variance_shares"]
     assert shares == {"block": {"text": pytest.approx(1.0), "interactions": pytest.approx(0.0)}}
 

@@ -93,3 +93,12 @@ def test_a_missing_figure_is_named(tmp_path: Path) -> None:
     page = html_page("![Share recovered](share.png)", tmp_path)
     assert "Share recovered (the figure share.png is missing)" in page
     assert "<img" not in page
+
+
+def test_a_page_says_how_it_was_made(tmp_path: Path) -> None:
+    write_page(tmp_path / "a.md", "# A\n", {"command": "depthprune curve --x '[1]'", "versions": {"torch": "2.13"}})
+    text = (tmp_path / "a.md").read_text()
+    assert text == "# A\n\n## How it was made\n\n```\ndepthprune curve --x '[1]'\n```\n\nVersions: torch 2.13.\n"
+    assert "How it was made" in (tmp_path / "a.html").read_text()
+    write_page(tmp_path / "b.md", "# B\n", {"config": {}})  # of results that do not know it
+    assert (tmp_path / "b.md").read_text() == "# B\n"

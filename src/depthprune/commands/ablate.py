@@ -23,6 +23,7 @@ from depthprune.files import make_folder, only_writer
 from depthprune.loading import load
 from depthprune.names import slug, unknown_name
 from depthprune.nulls import check_filled
+from depthprune.origin import origin
 from depthprune.progress import tracked
 from depthprune.recovery.ablation_file import check_same, measured_unpruned, open_results, text_fingerprints
 from depthprune.recovery.ablations import BARE, RESULTS, UNPRUNED, Ablation, run_name
@@ -114,6 +115,7 @@ def ablate(
             check_same(run.content, run.folder, "weights", unpruned_fingerprint(causal_lm).weights)
             check_same(run.content, run.folder, "plan", [removal.to_dict() for removal in run.sites.removals])
             run.content["starts"] = {label: start for label in chosen if (start := _start(label, chosen))}
+            run.content |= origin()
             run.content["settings"] = {name: rung.settings(name) for name, rung in rungs.items()}
         for name, run in runs.items():
             others = [content for other, content in opened.items() if other != name]
@@ -178,7 +180,7 @@ def _write(run: Ablation) -> None:
     """Write the report and the figures of one plan's ablation."""
     figures = _figures(run.content)
     write_figures(run.folder, figures)
-    write_page(run.folder / "ablation.md", report(run.content, [name for name, _ in figures.values()]))
+    write_page(run.folder / "ablation.md", report(run.content, [name for name, _ in figures.values()]), run.content)
     Console().print(console_table(run.content))
     print(f"Wrote {RESULTS}, ablation.html and .md, {len(figures)} figures and TensorBoard's files to {run.folder}.")
 
@@ -186,7 +188,7 @@ def _write(run: Ablation) -> None:
 def _write_plans(folder: Path, contents: dict[str, dict[str, Any]]) -> None:
     """Write the report that has all plans beside each other."""
     write_figures(folder, {"share recovered by plan": ("plans.png", plans_figure(contents))})
-    write_page(folder / "plans.md", plans_report(contents))
+    write_page(folder / "plans.md", plans_report(contents), next(iter(contents.values())))
     print(f"Wrote plans.md, plans.html, plans.png and a TensorBoard event file to {folder}.")
 
 

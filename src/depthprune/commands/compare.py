@@ -16,6 +16,9 @@ from depthprune.influence.agreement import COEFFICIENTS, correlation, overlap
 from depthprune.influence.dependence import METRIC, levels_of, variance_shares
 from depthprune.influence.figures import matrix_figure
 from depthprune.influence.table import InfluenceTable
+from depthprune.origin import origin
+from depthprune.report.comparison import comparison_report
+from depthprune.report.html import write_page
 from depthprune.sites import KINDS, PLURALS, Site
 
 FIRST = (3, 6, 10)
@@ -29,7 +32,7 @@ def compare(tables: Sequence[str], output: str | None = None, first: Sequence[in
 
     Args:
         tables: two or more influence.json, also without the flag: depthprune compare a.json b.json.
-        output: folder for compare.json and compare.png; nothing is written if not given.
+        output: folder for compare.html, .md, .json and .png; nothing is written if not given.
         first: numbers of sites that go first.
     """
     if len(tables) < 2:
@@ -59,9 +62,11 @@ def compare(tables: Sequence[str], output: str | None = None, first: Sequence[in
     if output is not None:
         folder = make_folder(output)
         names = dict(zip(titles, map(str, loaded), strict=True))
-        write_json(folder / "compare.json", {"tables": names, "rows": rows, "variance_shares": shares})
+        content = {"tables": names, "rows": rows, "variance_shares": shares, **origin()}
+        write_json(folder / "compare.json", content)
         write_figure(matrix_figure(_matrices(rows, titles), "Spearman's rank correlation"), folder / "compare.png")
-        print(f"Wrote compare.json and compare.png to {folder}.")
+        write_page(folder / "compare.md", comparison_report(content), content)
+        print(f"Wrote compare.html, .md, .json and .png to {folder}.")
 
 
 def _dependence(tables: Sequence[InfluenceTable]) -> dict[str, dict[str, float]]:

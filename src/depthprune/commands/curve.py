@@ -30,6 +30,7 @@ from depthprune.head import Batch
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
 from depthprune.names import slug
+from depthprune.origin import origin
 from depthprune.progress import tracked
 from depthprune.report.curve import console_table, curve_csv, curve_report
 from depthprune.report.html import write_page
@@ -165,6 +166,7 @@ def curve(
             "model": model,
             "weights": settings["weights"],
             "is_finished": True,
+            **origin(),
             "calibration_tokens": data.calibration_dataloader().token_count if names else 0,
             "influence": dict(table.provenance),
             "blocks": table.fingerprint.architecture["num_hidden_layers"],
@@ -188,7 +190,7 @@ def curve(
             figures["task scores by sites removed"] = ("tasks.png", task_curve_figure(content))
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # points of a run before would stay
         write_figures(folder, figures)
-        write_page(folder / "curve.md", curve_report(content))
+        write_page(folder / "curve.md", curve_report(content), content)
         _log(folder, content)
         saved.remove()
         Console().print(console_table(content))

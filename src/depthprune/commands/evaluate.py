@@ -32,6 +32,7 @@ from depthprune.evaluation.recognition import RECOGNITION_PROBES, Recognition, a
 from depthprune.evaluation.results import RESULTS, figures, names_of_figures, open_results
 from depthprune.files import fingerprint, make_folder, only_writer, write_json
 from depthprune.loading import load
+from depthprune.origin import origin
 from depthprune.progress import tracked
 from depthprune.report.evaluation import console_table, report
 from depthprune.report.html import write_page
@@ -146,6 +147,7 @@ def evaluate(
                 f"What the evaluation in {run.folder} stands on changed since it began ({', '.join(changed)}): name "
                 "another output."
             )
+        content |= origin()
         parts: Parts = {("domains", name): partial(_domain, run, batches) for name, batches in loaders.items()}
         if runner is not None:
             parts |= {("tasks", name): partial(_task, runner, name) for name in runner.names}
@@ -176,7 +178,7 @@ def evaluate(
                     run.save(content)
         said = verdicts(limits, figures(content), UNPRUNED)
         if run.is_first:
-            write_page(run.folder / "evaluation.md", report(content, said))
+            write_page(run.folder / "evaluation.md", report(content, said), content)
             Console().print(console_table(content))
         for verdict in said:
             if not verdict.passed:

@@ -29,7 +29,10 @@ from depthprune.influence.figures import agreement_figure, influence_figure
 from depthprune.influence.registry import DEFAULT_METRICS
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load
+from depthprune.origin import origin
 from depthprune.progress import tracked
+from depthprune.report.html import write_page
+from depthprune.report.influence import influence_report
 from depthprune.saved_sums import SavedSums
 from depthprune.sites import KINDS
 
@@ -146,7 +149,8 @@ def influence(
             rounds=rounds,
         )
         if fabric.is_global_zero:
-            write_influence(table, folder)
+            figures = write_influence(table, folder)
+            write_page(folder / "influence.md", influence_report(table, figures), origin())
             saved.remove()
             scored = table.of_metric(metrics[0])  # which may be of one kind alone
             kind = next(kind for kind in kinds if any(site.kind == kind for site in scored))
@@ -160,15 +164,20 @@ def influence(
             seconds, tokens = time.monotonic() - start, table.provenance["tokens"]
             rate = f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} a second"
             print(f"Scored {len(table.sites)} sites on {rate}.")
-            print(f"Wrote influence.json, .csv, .png and a TensorBoard figure to {folder}.")
+            print(f"Wrote influence.html, .md, .json, .csv, .png and a TensorBoard figure to {folder}.")
             print(f"Next: {shlex.join(next_command)}")
 
 
-def write_influence(table: InfluenceTable, folder: Path) -> None:
-    """Write a table as influence.json and .csv, and its figures as PNG and in TensorBoard's event files."""
+def write_influence(table: InfluenceTable, folder: Path) -> dict[str, str]:
+    """Write a table as influence.json and .csv, and its figures as PNG and in TensorBoard's event files.
+
+    Returns:
+        The figures' file names, by what they show.
+    """
     table.to_json(folder / "influence.json")
     table.to_csv(folder / "influence.csv")
     figures = {"influence by depth": ("influence.png", influence_figure(table))}
     if any(len(agreement(table, kind)) > 1 for kind in KINDS):
         figures["agreement of metrics"] = ("agreement.png", agreement_figure(table))
     write_figures(folder, figures)
+    return {description: name for description, (name, _) in figures.items()}

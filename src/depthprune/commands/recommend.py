@@ -12,6 +12,7 @@ from depthprune.commands import curve, tradeoff
 from depthprune.evaluation.domains import Interval
 from depthprune.evaluation.rules import Rule, rules_of, silent_about, task_rules_of
 from depthprune.files import make_folder, only_writer, read_json, write_json
+from depthprune.origin import origin
 from depthprune.report.html import write_page
 from depthprune.report.recommendation import console_table, recommendation_report, share_text
 from depthprune.sites import PLURALS
@@ -47,13 +48,14 @@ def recommend(results: Sequence[str], output: str) -> None:
         content = {
             "depthprune_recommendation": VERSION,
             "model": model,
+            **origin(),
             "results": [str(path) for path, _ in found],
             "rules": [_rule(rule) for rule in rules],
             "tasks": [{**vars(rule), "recommended": rule.recommended, **_intervals(vars(rule))} for rule in task_rules],
             "silent": [{"kind": kind, "over": low, "up_to": high} for kind, low, high in silent],
         }
         write_json(folder / "recommendation.json", content)
-        write_page(folder / "recommendation.md", recommendation_report(model, rules, task_rules, silent))
+        write_page(folder / "recommendation.md", recommendation_report(model, rules, task_rules, silent), content)
     if rules:
         Console().print(console_table(rules))
     for task_rule in task_rules:

@@ -29,6 +29,7 @@ from depthprune.influence.estimate import estimate_influence
 from depthprune.influence.registry import METRICS
 from depthprune.loading import load
 from depthprune.names import slug, unknown_name
+from depthprune.origin import origin
 from depthprune.progress import tracked
 from depthprune.report.html import write_page
 from depthprune.report.tradeoff import console_table, tradeoff_figure, tradeoff_report
@@ -120,10 +121,10 @@ def tradeoff(
             run.plan(task + ORACLE, about, run.answers(test, True), metric, kind, remove)
         for task, (_, test) in asked.items():
             run.ask(task, test)
-        content["is_finished"] = True
+        content |= {"is_finished": True, **origin()}
         run.save()
         write_figures(folder, {"task trade-off": ("tradeoff.png", tradeoff_figure(content))})
-        write_page(folder / "tradeoff.md", tradeoff_report(content))
+        write_page(folder / "tradeoff.md", tradeoff_report(content), content)
         (folder / "progress.safetensors").unlink(missing_ok=True)
         Console().print(console_table(content))
         print(f"Wrote {RESULTS}, tradeoff.html, .md, .png, influence tables and TensorBoard's files to {folder}.")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import base64
 import re
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 from markdown_it import MarkdownIt
 
 from depthprune.files import write_text
+from depthprune.report.markdown import origin_text
 
 STYLE = """
 :root { color-scheme: light; }
@@ -42,7 +45,7 @@ blockquote { margin: 1rem 0; padding: .1rem 1rem; border-left: 4px solid #e69f00
 """
 
 
-def write_page(path: Path | str, text: str) -> None:
+def write_page(path: Path | str, text: str, made_by: Mapping[str, Any] | None = None) -> None:
     """Write a report as Markdown and, beside it, as a page of the same name that ends in ``.html``.
 
     The figures that it links have to be there already; they are put into the page.
@@ -50,11 +53,14 @@ def write_page(path: Path | str, text: str) -> None:
     Args:
         path: of the Markdown.
         text: the Markdown.
+        made_by: ``command`` and ``versions`` (see :func:`~depthprune.origin.origin`), which are put at the end.
 
     Raises:
         ValueError: the folder cannot be written to.
     """
     path = Path(path)
+    if made_by and (how := origin_text(made_by)):
+        text = f"{text.rstrip()}\n\n## How it was made\n\n{how}\n"
     write_text(path, text)
     write_text(path.with_suffix(".html"), html_page(text, path.parent))
 
@@ -69,6 +75,8 @@ def html_page(text: str, folder: Path) -> str:
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
     body = re.sub(r'href="([^":]+)\.md"', r'href="\1.html"', body)  # other reports have such pages, too
+    targets = iter(anchors(re.findall(r"<h2>(.*?)</h2>", body)))
+    body = re.sub(r"<h2>", lambda _: f'<h2 id="{next(targets)}">', body)
     body = re.sub(r"<td>", '<td class="words">', body)  # cells of numbers have a style of their own
     body = re.sub(r'<img src="([^"]*)" alt="([^"]*)"[^>]*>', lambda found: _image(folder, *found.groups()), body)
     title = re.search(r"^# (.+)$", text, re.M)
@@ -78,6 +86,21 @@ def html_page(text: str, folder: Path) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n</head>\n<body>\n{body}</body>\n</html>\n'
     )
+
+
+def anchors(headings: Sequence[str]) -> list[str]:
+    """What links to headings are called, as on GitHub: words with hyphens between them, numbered where they are equal.
+
+    Args:
+        headings: as Markdown or HTML, in order.
+    """
+    found: list[str] = []
+    for heading in headings:
+        words = re.sub(r"<[^>]+>|&\w+;|[^\w\s-]", "", heading).strip().lower()
+        name = re.sub(r"\s", "-", words)
+        before = sum(re.fullmatch(rf"{re.escape(name)}(-\d+)?", other) is not None for other in found)
+        found.append(f"{name}-{before}" if before else name)
+    return found
 
 
 def _image(folder: Path, source: str, description: str) -> str:

@@ -1,7 +1,8 @@
 """The few pieces of Markdown that reports are made of, safe for names that hold its special characters."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from depthprune.evaluation.domains import Interval
 
@@ -36,6 +37,15 @@ def gap_text(gap: Interval) -> str:
 def starred(gap: Interval) -> str:
     """The same, with a star where the interval excludes 0."""
     return gap_text(gap) + (" *" if gap.excludes_zero else "")
+
+
+def origin_text(made_by: Mapping[str, Any]) -> str:
+    """By what command and with what versions results were made; empty where neither is known."""
+    parts = [code_block(str(made_by["command"]))] if made_by.get("command") else []
+    if made_by.get("versions"):
+        versions = ", ".join(f"{name} {version}" for name, version in made_by["versions"].items())
+        parts.append(f"Versions: {escaped(versions)}.")
+    return "\n\n".join(parts)
 
 
 def code_block(text: str) -> str:

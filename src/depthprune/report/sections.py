@@ -5,7 +5,7 @@ from __future__ import annotations
 from depthprune.evaluation.domains import HEADLINE_DOCUMENTS, HEADLINE_TOKENS, RESAMPLES, Interval
 from depthprune.figures import curve_label
 from depthprune.report.findings import findings, interval_text, not_converged, signed
-from depthprune.report.markdown import code_block, escaped, table
+from depthprune.report.markdown import escaped, origin_text, table
 from depthprune.report.results import (
     NONE,
     UNPRUNED,
@@ -204,12 +204,7 @@ def influence_section(results: StudyResults) -> str:
 def origin_section(results: StudyResults) -> str:
     """The command, the versions and the times."""
     study = results.study
-    parts = []
-    if study.get("command"):
-        parts.append(code_block(str(study["command"])))
-    if study.get("versions"):
-        versions = ", ".join(f"{name} {version}" for name, version in study["versions"].items())
-        parts.append(f"Versions: {escaped(versions)}.")
+    parts = [how] if (how := origin_text(study)) else []
     if study.get("seconds"):
         times = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in study["seconds"].items())
         parts.append(f"Time: {escaped(times)}.")

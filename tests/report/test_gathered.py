@@ -1,0 +1,54 @@
+"""Several reports as one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from depthprune.report.gathered import gathered_report, pages_of
+from depthprune.report.html import anchors
+
+ABLATION = """# Ways to recover: a\\_model
+
+![Share](share%20recovered.png) and [its plan](../plans.md), [a site](https://example.org/x.md)
+
+## news
+
+````
+# a comment
+```
+# and another
+````
+
+### deeper
+"""
+
+
+def test_headings_go_deeper_and_links_lead_on(tmp_path: Path) -> None:
+    page = tmp_path / "ablations" / "blocks" / "ablation.md"
+    page.parent.mkdir(parents=True)
+    page.write_text(ABLATION)
+    text = gathered_report("All of it", [page, page], tmp_path / "out")
+    assert text.startswith(
+        "# All of it\n\n- [Ways to recover: a\\_model](#ways-to-recover-a_model)\n"
+        "- [Ways to recover: a\\_model](#ways-to-recover-a_model-1)\n\n## Ways to recover: a\\_model\n"
+    )
+    assert "![Share](../ablations/blocks/share%20recovered.png) and [its plan](../ablations/plans.md)" in text
+    assert "[a site](https://example.org/x.md)" in text
+    assert "\n### news\n\n````\n# a comment\n```\n# and another\n````\n\n#### deeper\n" in text
+
+
+def test_plans_of_an_ablation_come_after_their_overview(tmp_path: Path) -> None:
+    for name in ("plans.md", "b/ablation.md", "a/ablation.md", "evaluation.md", "a/notes.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("# title\n")
+    found = [path.relative_to(tmp_path).as_posix() for path in pages_of(tmp_path)]
+    assert found == ["plans.md", "evaluation.md", "a/ablation.md", "b/ablation.md"]
+    with pytest.raises(ValueError, match="neither a folder with a report"):
+        pages_of(tmp_path / "b" / "ablation.json")
+
+
+def test_anchors_are_words_with_hyphens() -> None:
+    headings = ["Loss, by `sites` removed: x/y-1.5", "Loss, by <code>sites</code> removed: x/y-1.5", "A &amp; B"]
+    assert anchors(headings) == ["loss-by-sites-removed-xy-15", "loss-by-sites-removed-xy-15-1", "a--b"]
