@@ -26,17 +26,24 @@ ABLATION = """# Ways to recover: a\\_model
 
 
 def test_headings_go_deeper_and_links_lead_on(tmp_path: Path) -> None:
-    page = tmp_path / "ablations" / "blocks" / "ablation.md"
-    page.parent.mkdir(parents=True)
-    page.write_text(ABLATION)
-    text = gathered_report("All of it", [page, page], tmp_path / "out")
+    pages = [tmp_path / "ablations" / name / "ablation.md" for name in ("blocks", "mlps")]
+    for page in pages:
+        page.parent.mkdir(parents=True)
+        page.write_text(ABLATION)
+    text = gathered_report("All of it", pages[:1], tmp_path / "out")
     assert text.startswith(
-        "# All of it\n\n- [Ways to recover: a\\_model](#ways-to-recover-a_model)\n"
-        "- [Ways to recover: a\\_model](#ways-to-recover-a_model-1)\n\n## Ways to recover: a\\_model\n"
+        "# All of it\n\n- [Ways to recover: a\\_model](#ways-to-recover-a_model)\n\n## Ways to recover: a\\_model\n"
     )
     assert "![Share](../ablations/blocks/share%20recovered.png) and [its plan](../ablations/plans.md)" in text
     assert "[a site](https://example.org/x.md)" in text
     assert "\n### news\n\n````\n# a comment\n```\n# and another\n````\n\n#### deeper\n" in text
+
+    overview = tmp_path / "ablations" / "plans.md"
+    overview.write_text("# Plans\n\n[blocks](blocks/ablation.md)\n")
+    text = gathered_report("All of it", [overview, *pages], tmp_path / "out")
+    assert "\n## Ways to recover: a\\_model \\(mlps)\n" in text
+    assert "[blocks](#ways-to-recover-a_model-blocks)" in text  # where it is gathered too
+    assert text.count("[its plan](#plans)") == 2
 
 
 def test_plans_of_an_ablation_come_after_their_overview(tmp_path: Path) -> None:

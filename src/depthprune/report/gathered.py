@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -54,18 +55,27 @@ def gathered_report(title: str, pages: Sequence[Path], folder: Path) -> str:
     Raises:
         ValueError: a report cannot be read.
     """
-    parts, titles = [], []
-    for page in pages:
-        lines = [*_deeper(read_text(page, "a report"))]
+    reports = {page.resolve(): _deeper(read_text(page, "a report")) for page in pages}
+    titles = {}
+    for page, lines in reports.items():
         heading = next((line for line in lines if line.startswith("## ")), None)
         if heading is None:
             raise ValueError(f"{page} has no title: name a report that a command of depthprune wrote.")
-        titles.append(heading.removeprefix("## "))
-        start = os.path.relpath(page.parent.resolve(), folder.resolve())
-        parts.append(LINK.sub(lambda found, start=start: _moved(found, start), "\n".join(lines)))  # type: ignore[misc]
-    targets = anchors(titles)
-    contents = "\n".join(f"- [{name}](#{target})" for name, target in zip(titles, targets, strict=True))
-    return "\n\n".join([f"# {escaped(title)}", contents, *(part.strip() for part in parts)]) + "\n"
+        titles[page] = heading.removeprefix("## ")
+    twice = {title for title, count in Counter(titles.values()).items() if count > 1}
+    names = {
+        page: f"{title} \\({escaped(page.parent.name)})" if title in twice else title for page, title in titles.items()
+    }
+    targets = dict(zip(names, anchors(list(names.values())), strict=True))
+    parts = [
+        LINK.sub(
+            lambda found, page=page: _moved(found, page.parent, folder.resolve(), targets),  # type: ignore[misc]
+            "\n".join(f"## {names[page]}" if line == f"## {titles[page]}" else line for line in lines).strip(),
+        )
+        for page, lines in reports.items()
+    ]
+    contents = "\n".join(f"- [{names[page]}](#{target})" for page, target in targets.items())
+    return "\n\n".join([f"# {escaped(title)}", contents, *parts]) + "\n"
 
 
 def _deeper(text: str) -> Sequence[str]:
@@ -83,9 +93,19 @@ def _deeper(text: str) -> Sequence[str]:
     return lines
 
 
-def _moved(found: re.Match[str], start: str) -> str:
-    """A link from where the whole report is."""
+def _moved(found: re.Match[str], start: Path, folder: Path, targets: Mapping[Path, str]) -> str:
+    """A link from where the whole report is: to a part of it, or to another file.
+
+    Args:
+        found: the link.
+        start: where it leads from.
+        folder: where the whole report will be.
+        targets: what links to the reports in it are called.
+    """
     name, target = found.groups()
     if ":" in target or target.startswith("#"):
         return found.group()
-    return f"{name}({quote(Path(os.path.normpath(Path(start) / unquote(target))).as_posix())})"
+    path = (start / unquote(target)).resolve()
+    return (
+        f"{name}({f'#{targets[path]}' if path in targets else quote(Path(os.path.relpath(path, folder)).as_posix())})"
+    )
