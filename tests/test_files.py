@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import tempfile
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,7 +12,17 @@ from typing import Any, NoReturn
 
 import pytest
 
-from depthprune.files import fingerprint, make_folder, read_json, whole_file, whole_folder, write_json, write_text
+from depthprune.files import (
+    fingerprint,
+    make_folder,
+    only_writer,
+    read_json,
+    whole_file,
+    whole_folder,
+    write_json,
+    write_text,
+)
+from tests.killing import forked
 
 
 def no_space(*_: Any, **__: Any) -> NoReturn:
@@ -150,3 +161,17 @@ def test_a_fingerprint_changes_with_names_sizes_and_both_ends(tmp_path: Path) ->
     (folder / "weights").write_bytes(b"a" * 3_000_000)
     assert [fingerprint(folder), fingerprint(folder / "weights")] == found[:2]
     assert fingerprint("organisation/model") != fingerprint("organisation/other")
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
+    def dies() -> int:
+        with only_writer(tmp_path), whole_file(tmp_path / "results.json") as partial:
+            partial.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    assert forked(dies) == -signal.SIGKILL
+    (tmp_path / ".settings.json").write_text("mine")
+    assert len(list(tmp_path.glob(".results.json*"))) == 1
+    with only_writer(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", ".settings.json"}

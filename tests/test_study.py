@@ -376,7 +376,7 @@ def test_refuses_a_folder_that_another_study_writes_to(workshop, tmp_path):
     folder = tmp_path / "study"
     folder.mkdir()
     with FileLock(folder / ".lock"):
-        assert "Another study is running" in refusal("study", "--config", written(workshop, folder))
+        assert "Another command is running" in refusal("study", "--config", written(workshop, folder))
     assert not (folder / "study.json").exists()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+PARTIAL = ".partial-"  # in the temporary names of what is not whole yet
 ENDS = 1 << 20  # bytes at a file's start and end that stand for it in a fingerprint
 
 
@@ -26,7 +27,7 @@ def whole_file(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     make_folder(path.parent)
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{PARTIAL}", suffix=path.suffix)
     except OSError as error:
         raise _cannot_write(path, error) from error
     os.close(handle)
@@ -60,12 +61,13 @@ def make_folder(folder: Path | str) -> Path:
 
 
 @contextmanager
-def only_writer(folder: Path, what: str) -> Iterator[None]:
+def only_writer(folder: Path) -> Iterator[None]:
     """Hold a folder for the length of a block; the lock ends with the process at the latest.
+
+    Files that a killed process left half-written are removed.
 
     Args:
         folder: an existing folder.
-        what: what writes to it, for the error.
 
     Raises:
         ValueError: another process holds it.
@@ -74,8 +76,11 @@ def only_writer(folder: Path, what: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise ValueError(f"Another {what} is running in {folder}: wait for it, or name another output.") from error
+        raise ValueError(f"Another command is running in {folder}: wait for it, or name another output.") from error
     try:
+        for partial in folder.glob(f".*{PARTIAL}*"):
+            if partial.is_file():
+                partial.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
@@ -200,7 +205,7 @@ def whole_folder(folder: Path | str) -> Iterator[Path]:
     folder = check_new_folder(folder)
     parent = make_folder(folder.parent)
     try:
-        partial = Path(tempfile.mkdtemp(dir=parent, prefix=f".{folder.name}."))
+        partial = Path(tempfile.mkdtemp(dir=parent, prefix=f".{folder.name}{PARTIAL}"))
     except OSError as error:
         raise _cannot_write(folder, error) from error
     try:

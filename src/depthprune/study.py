@@ -128,7 +128,7 @@ def study(
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}: choose one from 0 to 2**32 - 1.")
     folder = make_folder(output)
-    with only_writer(folder, "study"):
+    with only_writer(folder):
         results = StudyFile.open(folder / "study.json", config)
         if results.get("finished"):
             print(f"This study is finished: rendering its report anew from {folder}/study.json.")

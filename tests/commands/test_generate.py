@@ -191,5 +191,5 @@ def test_what_is_refused(workshop: Workshop, sampled: Path, tmp_path: Path) -> N
     assert "top_p differ" in refusal(*arguments(workshop, sampled, top_p=0.5))
     path.write_text("{}\n")
     assert "was not written by this version of generate" in refusal(*arguments(workshop, path))
-    with only_writer(tmp_path, "generate"):
-        assert "Another generate is running" in refusal(*arguments(workshop, tmp_path / "y.jsonl"))
+    with only_writer(tmp_path):
+        assert "Another command is running" in refusal(*arguments(workshop, tmp_path / "y.jsonl"))

@@ -278,12 +278,12 @@ def test_a_second_fit_into_the_same_folder_is_refused(workshop: Workshop, tmp_pa
     config = write_config(tmp_path / "fit.yaml", settings_of(workshop, tmp_path))
 
     def second() -> int:
-        assert f"Another fit is running in {tmp_path}" in refusal("fit", "--config", config)
+        assert f"Another command is running in {tmp_path}" in refusal("fit", "--config", config)
         return 0
 
     from depthprune.files import only_writer
 
-    with only_writer(tmp_path, "fit"):
+    with only_writer(tmp_path):
         assert forked(second) == 0
     assert not list(tmp_path.glob("*.ckpt"))
 

@@ -101,7 +101,7 @@ def ablate(
         raise ValueError(f"samples is {samples}: set it to 1 or more.")
     plans = _plans(plan)
     folder = make_folder(output)
-    with only_writer(folder, "ablate"):
+    with only_writer(folder):
         opened = {name: open_results(folder / name / RESULTS, _of_plan(config, name)) for name in plans}
         fabric = start_fabric(accelerator)
         causal_lm, _ = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)

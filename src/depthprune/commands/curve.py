@@ -96,7 +96,7 @@ def curve(
         save_every: save the sums after so many batches; the same command goes on from there.
     """
     folder = make_folder(output)
-    with only_writer(folder, "curve"):
+    with only_writer(folder):
         table = InfluenceTable.load(influence)
         chosen = tuple(table.metrics if metrics is None else metrics)
         plans = first_sites(table, chosen, remove)

@@ -123,7 +123,7 @@ def evaluate(
         limits = read_gates(gates, names_of_figures(list(data.domains), metrics, probes))
     fabric = start_fabric(accelerator, devices)
     run = _Run(make_folder(output), fabric.is_global_zero)
-    with only_writer(run.folder, "evaluate") if run.is_first else nullcontext():
+    with only_writer(run.folder) if run.is_first else nullcontext():
         content = open_results(run.folder, config)
         loaders = data.test_dataloader()
         unpruned = load(model, revision=revision, dtype=dtype, attn_implementation=attn_implementation)

@@ -73,7 +73,7 @@ def generate(
     """
     config = as_data(locals())
     path = _checked(output, config)
-    with only_writer(make_folder(path.parent), "generate"):
+    with only_writer(make_folder(path.parent)):
         opened = open_text(text)
         fabric = start_fabric(accelerator)
         causal_lm, tokenizer = load(model, dtype=dtype, revision=revision)

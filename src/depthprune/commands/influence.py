@@ -93,7 +93,7 @@ def influence(
         raise ValueError("Score on a text or on a task: name one of the two, such as --text.path xsum.")
     folder = make_folder(output)
     fabric = start_fabric(accelerator, devices, strategy)
-    with only_writer(folder, "influence") if fabric.is_global_zero else nullcontext():
+    with only_writer(folder) if fabric.is_global_zero else nullcontext():
         if fabric.is_global_zero:
             what = f"{sequences} sequences of {text.path}" if text else f"questions of {task.path if task else ''}"
             print(f"Scoring {', '.join(kinds)} sites of {model} on {what}.", flush=True)

@@ -44,7 +44,7 @@ def recommend(results: Sequence[str], output: str) -> None:
     silent = silent_about(rules)
     (model,) = models.values()
     folder = make_folder(output)
-    with only_writer(folder, "recommend"):
+    with only_writer(folder):
         content = {
             "depthprune_recommendation": VERSION,
             "model": model,

@@ -30,6 +30,6 @@ def report(results: Sequence[str], output: str, title: str = "Depth pruning repo
     folder = make_folder(output)
     if any(page.resolve().parent == folder.resolve() for page in pages):
         raise ValueError(f"{output} is one of the results: name another output.")
-    with only_writer(folder, "report"):
+    with only_writer(folder):
         write_page(folder / "report.md", gathered_report(title, pages, folder))
     print(f"Wrote report.html and report.md, of {len(pages)} reports, to {folder}.")

@@ -97,7 +97,7 @@ def tradeoff(
     if min(score_questions, test_questions, remove) < 1:
         raise ValueError("score_questions, test_questions and remove must be 1 or more.")
     folder = make_folder(output)
-    with only_writer(folder, "tradeoff"):
+    with only_writer(folder):
         version = ("depthprune_tradeoff", VERSION)
         content = saved_results(folder / RESULTS, "a trade-off", version, config, ["plans", "tasks"])
         asked = {name: held_apart(task, score_questions, test_questions) for name, task in named.items()}

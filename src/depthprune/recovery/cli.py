@@ -62,7 +62,7 @@ class RecoveryCLI(LightningCLI):
         with ExitStack() as held:
             for folder in sorted(folders) if self.trainer.is_global_zero else ():
                 if "://" not in folder:
-                    held.enter_context(only_writer(make_folder(folder), "fit"))
+                    held.enter_context(only_writer(make_folder(folder)))
             try:
                 self.trainer.fit(**arguments)
             except (MisconfigurationException, ZeroDivisionError) as error:
