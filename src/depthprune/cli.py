@@ -29,7 +29,7 @@ COMMANDS = {
         "depthprune.commands.evaluate:evaluate",
         "score models beside the unpruned one, on tasks and text",
     ),
-    "curve": ("depthprune.commands.curve:curve", "held-out loss by how many sites go, for every metric of a table"),
+    "curve": ("depthprune.commands.curve:curve", "held-out loss and task scores by how many sites go, by metric"),
     "tradeoff": ("depthprune.commands.tradeoff:tradeoff", "what a plan made for one task costs on the others"),
     "recommend": ("depthprune.commands.recommend:recommend", "which metric to prune by, from curves and trade-offs"),
     "ablate": ("depthprune.commands.ablate:ablate", "recover the same sites in several ways, on disjoint samples"),
