@@ -129,8 +129,8 @@ def console_table(rules: Sequence[Rule]) -> Table:
         f"{measure} in {RULE_UNITS[measure]}" for measure in dict.fromkeys(rule.measure for rule in rules)
     )
     title = f"Which metric to take, and its regret (95% interval; {units})"
-    table = Table(title=title, title_justify="left", box=None)
-    for column in ("measure", "sites", "share removed", "take", "regret"):
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("measure", "sites", "share", "take", "regret"):
         table.add_column(column, justify="right" if column == "regret" else "left", no_wrap=True)
     for rule in rules:
         cells = (rule.measure, PLURALS[rule.kind], share_text(rule.low, rule.high), rule.recommended, _regret(rule))

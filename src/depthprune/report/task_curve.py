@@ -64,7 +64,8 @@ def task_findings(content: Mapping[str, Any]) -> Iterator[str]:
             last = max(unhurt, key=lambda row: row["removed"])
             yield (
                 f"{named}: with {last['removed']} of {last['of']} gone (by `{last['metric']}`) the score is not worse "
-                f"beyond noise ({gap_text(Interval.from_dict(last['over_unpruned']))} {UNITS[about['measure']]})"
+                f"beyond noise ({gap_text(Interval.from_dict(last['over_unpruned']))} {UNITS[about['measure']]}"
+                + (")" if last["p"] is None else f", p = {last['p']:.2g})")
                 + _on_texts(last, content)
             )
 
@@ -74,11 +75,11 @@ def _on_texts(row: Row, content: Mapping[str, Any]) -> str:
     keys = ("metric", "kind", "replacement", "removed")
     same = [other for other in content["rows"] if all(other[key] == row[key] for key in keys)]
     costs = [f"{gap_text(Interval.from_dict(other['above_unpruned']))} on {escaped(other['domain'])}" for other in same]
-    return f", while text costs {' and '.join(costs)} nats/token" if costs else ""
+    return f", while the loss changes by {' and '.join(costs)} (nats/token)" if costs else ""
 
 
 def _is_worse(row: Row) -> bool:
-    """Whether a score is below the unpruned model's beyond noise: by McNemar's test, else by the interval."""
+    """Whether a score is below the unpruned model's beyond noise: by McNemar's test (5%), else by the interval."""
     gap = Interval.from_dict(row["over_unpruned"])
     return gap.value < 0 and (row["p"] < 0.05 if row["p"] is not None else gap.high < 0)
 
