@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from depthprune.report.gathered import gathered_report, pages_of
-from depthprune.report.html import anchors
+from depthprune.report.html import anchors, html_page, write_page
 
 ABLATION = """# Ways to recover: a\\_model
 
@@ -56,6 +57,23 @@ def test_plans_of_an_ablation_come_after_their_overview(tmp_path: Path) -> None:
         pages_of(tmp_path / "b" / "ablation.json")
 
 
+def test_a_gathered_report_can_be_gathered(tmp_path: Path) -> None:
+    folder = tmp_path / "a <b>"
+    folder.mkdir()
+    for name, title in (("curve.md", "# Loss \\<b\\> by `x`"), ("evaluation.md", "# Score")):
+        (folder / name).write_text(f"{title}\n\n## How it was made\n\nso\n")
+    for number in (1, 2):
+        write_page(tmp_path / f"{number}" / "report.md", gathered_report("A [b](c)", pages_of(folder), tmp_path))
+    whole = gathered_report("All", [*pages_of(tmp_path / "1"), *pages_of(tmp_path / "2")], tmp_path)
+    page = html_page(whole, tmp_path)
+    targets = re.findall(r'href="#([^"]*)"', page)
+    places = re.findall(r'<h[123] id="([^"]*)">', page)
+    assert len(targets) == 2 + 2 * 2
+    assert set(targets) <= set(places)
+    assert len(set(places)) == len(places) == 1 + 2 * (1 + 2)
+    assert "a-bc-1" in places
+
+
 def test_anchors_are_words_with_hyphens() -> None:
-    headings = ["Loss, by `sites` removed: x/y-1.5", "Loss, by <code>sites</code> removed: x/y-1.5", "A &amp; B"]
-    assert anchors(headings) == ["loss-by-sites-removed-xy-15", "loss-by-sites-removed-xy-15-1", "a--b"]
+    headings = ["Loss, by sites removed: x/y-1.5", "Loss, by sites removed: x/y-1.5", "A & B <c>"]
+    assert anchors(headings) == ["loss-by-sites-removed-xy-15", "loss-by-sites-removed-xy-15-1", "a--b-c"]

@@ -11,7 +11,7 @@ from urllib.parse import quote, unquote
 
 from depthprune.files import read_text
 from depthprune.report.html import anchors
-from depthprune.report.markdown import escaped
+from depthprune.report.markdown import escaped, plain_text
 
 REPORTS = (
     *("report.md", "influence.md", "compare.md", "curve.md", "tradeoff.md", "recommendation.md"),
@@ -56,41 +56,45 @@ def gathered_report(title: str, pages: Sequence[Path], folder: Path) -> str:
         ValueError: a report cannot be read.
     """
     reports = {page.resolve(): _deeper(read_text(page, "a report")) for page in pages}
-    titles = {}
-    for page, lines in reports.items():
-        heading = next((line for line in lines if line.startswith("## ")), None)
-        if heading is None:
+    for page, (_, headings) in reports.items():
+        if not headings:
             raise ValueError(f"{page} has no title: name a report that a command of depthprune wrote.")
-        titles[page] = heading.removeprefix("## ")
-    twice = {title for title, count in Counter(titles.values()).items() if count > 1}
-    names = {
-        page: f"{title} \\({escaped(page.parent.name)})" if title in twice else title for page, title in titles.items()
-    }
-    targets = dict(zip(names, anchors(list(names.values())), strict=True))
+    titles = Counter(lines[headings[0]] for lines, headings in reports.values())
+    for page, (lines, headings) in reports.items():
+        if titles[lines[headings[0]]] > 1:
+            lines[headings[0]] += f" \\({escaped(page.parent.name)})"
+    names = [plain_text(lines[place].lstrip("# ")) for lines, headings in reports.values() for place in headings]
+    every = iter(anchors([title, *names])[1:])
+    targets = {page: [next(every) for _ in headings] for page, (_, headings) in reports.items()}
+    firsts = {page: found[0] for page, found in targets.items()}
+    contents = [f"- [{lines[first].lstrip('# ')}](#{firsts[page]})" for page, (lines, (first, *_)) in reports.items()]
     parts = [
         LINK.sub(
-            lambda found, page=page: _moved(found, page.parent, folder.resolve(), targets),  # type: ignore[misc]
-            "\n".join(f"## {names[page]}" if line == f"## {titles[page]}" else line for line in lines).strip(),
+            lambda found, page=page: _moved(found, page.parent, folder.resolve(), firsts),  # type: ignore[misc]
+            "\n".join(lines).strip(),
         )
-        for page, lines in reports.items()
+        for page, (lines, _) in reports.items()
     ]
-    contents = "\n".join(f"- [{names[page]}](#{target})" for page, target in targets.items())
-    return "\n\n".join([f"# {escaped(title)}", contents, *parts]) + "\n"
+    return "\n\n".join([f"# {escaped(title)}", "\n".join(contents), *parts]) + "\n"
 
 
-def _deeper(text: str) -> Sequence[str]:
-    """The lines of a report with every heading one level deeper; what stands in fences is left as it is."""
-    lines, fence = [], ""
-    for line in text.splitlines():
+def _deeper(text: str) -> tuple[list[str], list[int]]:
+    """The lines of a report with every heading one level deeper, and which lines are headings.
+
+    What stands in fences is left as it is.
+    """
+    lines, headings, fence = [], [], ""
+    for place, line in enumerate(text.splitlines()):
         marks = re.match(r"`{3,}", line)
         if marks and not fence:
             fence = marks.group()
         elif fence and line.strip() == fence:
             fence = ""
-        elif not fence and re.match(r"#{1,5} ", line):
-            line = f"#{line}"
-        lines.append(line)
-    return lines
+        is_heading = not fence and re.match(r"#{1,5} ", line)
+        if is_heading:
+            headings.append(place)
+        lines.append(f"#{line}" if is_heading else line)
+    return lines, headings
 
 
 def _moved(found: re.Match[str], start: Path, folder: Path, targets: Mapping[Path, str]) -> str:

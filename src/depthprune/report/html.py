@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -13,7 +13,7 @@ from urllib.parse import unquote
 from markdown_it import MarkdownIt
 
 from depthprune.files import write_text
-from depthprune.report.markdown import origin_text
+from depthprune.report.markdown import origin_text, plain_text
 
 STYLE = """
 :root { color-scheme: light; }
@@ -75,12 +75,13 @@ def html_page(text: str, folder: Path) -> str:
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
     body = re.sub(r'href="([^":]+)\.md"', r'href="\1.html"', body)  # other reports have such pages, too
-    targets = iter(anchors(re.findall(r"<h2>(.*?)</h2>", body)))
-    body = re.sub(r"<h2>", lambda _: f'<h2 id="{next(targets)}">', body)
+    headings = [unescape(re.sub(r"<[^>]+>", "", text)) for text in re.findall(r"<h\d>(.*?)</h\d>", body)]
+    targets = iter(anchors(headings))
+    body = re.sub(r"<(h\d)>", lambda found: f'<{found.group(1)} id="{next(targets)}">', body)
     body = re.sub(r"<td>", '<td class="words">', body)  # cells of numbers have a style of their own
     body = re.sub(r'<img src="([^"]*)" alt="([^"]*)"[^>]*>', lambda found: _image(folder, *found.groups()), body)
     title = re.search(r"^# (.+)$", text, re.M)
-    name = re.sub(r"\\(.)", r"\1", title.group(1)) if title else "Report"
+    name = plain_text(title.group(1)) if title else "Report"
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(name)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -92,12 +93,11 @@ def anchors(headings: Sequence[str]) -> list[str]:
     """What links to headings are called, as on GitHub: words with hyphens between them, numbered where they are equal.
 
     Args:
-        headings: as Markdown or HTML, in order.
+        headings: all of a page, in order, as they are read.
     """
     found: list[str] = []
     for heading in headings:
-        words = re.sub(r"<[^>]+>|&\w+;|[^\w\s-]", "", heading).strip().lower()
-        name = re.sub(r"\s", "-", words)
+        name = re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
         before = sum(re.fullmatch(rf"{re.escape(name)}(-\d+)?", other) is not None for other in found)
         found.append(f"{name}-{before}" if before else name)
     return found

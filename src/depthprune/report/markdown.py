@@ -16,6 +16,11 @@ def escaped(text: object) -> str:
     return re.sub(r"([\\`*<>|~$&]|(?<!\w)_|_(?!\w)|(?<=\])\()", r"\\\1", line)
 
 
+def plain_text(line: str) -> str:
+    """What :func:`escaped` was given, with white space as it left it."""
+    return re.sub(r"\\(.)", r"\1", line)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
     """A table; cells are Markdown already.
 
