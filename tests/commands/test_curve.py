@@ -233,6 +233,15 @@ def test_every_form_of_the_results_says_the_same(curves: Path, table: Path) -> N
     report = (curves / "curve.md").read_text()
     assert "other: loss above the unpruned model by blocks removed" in report
     assert "This is a quick run" in report
+    for kind, sites in (("block", "blocks"), ("attention", "attentions")):
+        points = [
+            row["above_none"]
+            for row in content["rows"]
+            if (row["kind"], row["replacement"]) == (kind, "emulated_update")
+        ]
+        better = sum(point["high"] is not None and point["high"] < 0 for point in points)
+        verdict = {0: "not reproduced", len(points): "reproduced"}.get(better, "reproduced in part")
+        assert f"nothing in {sites}: **{verdict}**, beyond noise at {better} of {len(points)} points." in report
     assert "numbers: nats over the unpruned model by attentions removed" in report
     assert (curves / "curve.png").read_bytes().startswith(b"\x89PNG")
 

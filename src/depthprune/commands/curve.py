@@ -20,7 +20,16 @@ from depthprune.data.batches import Batches
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
-from depthprune.evaluation.curve import NONE, PASS, UNPRUNED, Variant, emulated_updates, first_sites, variant_losses
+from depthprune.evaluation.curve import (
+    EMULATED,
+    NONE,
+    PASS,
+    UNPRUNED,
+    Variant,
+    emulated_updates,
+    first_sites,
+    variant_losses,
+)
 from depthprune.evaluation.domains import DomainLoss
 from depthprune.evaluation.figures import curve_figure, depth_diagram, task_curve_figure
 from depthprune.evaluation.points import Plans, removal_orders, task_points, text_points
@@ -40,7 +49,6 @@ from depthprune.sites import PLURALS, Site
 from depthprune.variants import Standing
 
 VERSION = 2
-EMULATED = "emulated_update"
 
 
 def curve(

@@ -22,6 +22,7 @@ from depthprune.variants import Absent, Standing, record, run_variants, switchab
 
 UNPRUNED: Absent = frozenset()
 NONE = "none"
+EMULATED = "emulated_update"
 PASS = "held-out loss"
 
 Variant = tuple[str, Absent]

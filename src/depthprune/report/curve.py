@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from depthprune.evaluation.curve import NONE
+from depthprune.evaluation.curve import EMULATED, NONE
 from depthprune.evaluation.domains import DomainLoss, Interval, is_quick
 from depthprune.evaluation.figures import MARKS
 from depthprune.report.markdown import escaped, gap_text, starred
@@ -21,6 +21,7 @@ from depthprune.sites import PLURALS
 COLUMNS = ("domain", "metric", "kind", "replacement", "removed", "of", "loss")
 INTERVALS = ("above_unpruned", "above_none", "above_best")
 SHORT = {"block": "blocks", "attention": "attn.", "mlp": "MLPs"}
+CHEAP = 0.1  # nats/token, about 10% of perplexity
 NOISE_NOTE = "Intervals are 95%, by bootstrap over documents, paired"
 
 
@@ -42,6 +43,7 @@ def curve_report(content: Mapping[str, Any]) -> str:
     if any(is_quick(about["documents"], about["token_count"]) for about in domains.values()):
         parts.append("This is a quick run: fewer than 200 documents or 50k tokens of a domain.")
     parts.append("![Held-out loss by number of sites removed](curve.png)")
+    parts += ["## Findings of arXiv 2407.16286", "\n".join(f"- {verdict}" for verdict in verdicts(content))]
     parts += ["## What the curves show", "\n".join(f"- {finding}" for finding in findings(content))]
     for domain in domains:
         for kind in dict.fromkeys(row["kind"] for row in content["rows"]):
@@ -59,6 +61,35 @@ def curve_report(content: Mapping[str, Any]) -> str:
     also = " and tasks.csv" if content.get("tasks") else ""
     parts.append(f"Every point with its intervals stands in curve.csv{also}.")
     return "\n\n".join(parts) + "\n"
+
+
+def verdicts(content: Mapping[str, Any]) -> Iterator[str]:
+    """Which of the paper's findings the curves show, on all domains, in part, or not at all."""
+    bare = [row for row in content["rows"] if row["replacement"] == NONE]
+    tenth = [row for row in bare if row["kind"] == "block" and row["removed"] == round(MARKS[0] * row["of"])]
+    if tenth:
+        best = [min((r for r in tenth if r["domain"] == name), key=lambda r: r["loss"]) for name in content["domains"]]
+        cheap = [row["above_unpruned"]["value"] < CHEAP for row in best]
+        yield f"About 10% of the blocks go cheaply, for under {CHEAP} nats/token: {_verdict(cheap)}."
+    for other in ("block", "mlp"):
+        gaps = [gap for name in content["domains"] if (gap := _against(bare, name, other, content)) is not None]
+        if gaps:
+            further = [gap.excludes_zero and gap.value < 0 for _, gap in gaps]
+            yield f"Attentions go further than {PLURALS[other]}: {_verdict(further)}."
+    for kind in dict.fromkeys(row["kind"] for row in content["rows"]):
+        gains = [
+            Interval.from_dict(row["above_none"])
+            for row in content["rows"]
+            if row["kind"] == kind and row["replacement"] == EMULATED
+        ]
+        if gains:
+            better = [gap.excludes_zero and gap.value < 0 for gap in gains]
+            text = f"The emulated update is better than nothing in {PLURALS[kind]}: {_verdict(better)}"
+            yield f"{text}, beyond noise at {sum(better)} of {len(better)} points."
+
+
+def _verdict(holds: Sequence[bool]) -> str:
+    return "**reproduced**" if all(holds) else "**reproduced in part**" if any(holds) else "**not reproduced**"
 
 
 def findings(content: Mapping[str, Any]) -> list[str]:
@@ -88,16 +119,26 @@ def _prices(rows: Sequence[Row]) -> Iterator[str]:
 def _kinds(rows: Sequence[Row], content: Mapping[str, Any]) -> Iterator[str]:
     """Whether attentions go further than blocks and MLPs, at the largest number that was measured of both."""
     bare = [row for row in rows if row["replacement"] == NONE]
-    numbers = {kind: {row["removed"] for row in bare if row["kind"] == kind} for kind in PLURALS}
     for other in ("block", "mlp"):
-        for number in sorted(numbers["attention"] & numbers[other])[-1:]:
-            ours, theirs = (
-                min((row for row in bare if (row["kind"], row["removed"]) == (kind, number)), key=lambda r: r["loss"])
-                for kind in ("attention", other)
-            )
-            gap = _loss(ours, content).minus(_loss(theirs, content))
+        found = _against(bare, rows[0]["domain"], other, content)
+        if found is not None:
+            number, gap = found
             words = ("cost less than", "cost more than") if gap.excludes_zero else ("within noise of",) * 2
             yield f"{number} attentions {words[gap.value > 0]} {number} {PLURALS[other]}: {starred(gap)} nats/token"
+
+
+def _against(bare: Sequence[Row], domain: str, other: str, content: Mapping[str, Any]) -> tuple[int, Interval] | None:
+    """What attentions cost above another kind of site on a text, at the largest number measured of both, and that."""
+    mine = [row for row in bare if row["domain"] == domain]
+    numbers = {kind: {row["removed"] for row in mine if row["kind"] == kind} for kind in PLURALS}
+    shared = numbers["attention"] & numbers[other]
+    if not shared:
+        return None
+    ours, theirs = (
+        min((row for row in mine if (row["kind"], row["removed"]) == (kind, max(shared))), key=lambda r: r["loss"])
+        for kind in ("attention", other)
+    )
+    return max(shared), _loss(ours, content).minus(_loss(theirs, content))
 
 
 def _gains(rows: Sequence[Row]) -> Iterator[str]:
