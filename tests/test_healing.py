@@ -218,7 +218,7 @@ def test_beside_layers_that_are_solved(family: str) -> None:
     solved = {key.split(".replacement.")[0] for key in replacement_state(refit(copy.deepcopy(model), **options))}
     assert len(solved) == 3
     plain = plain_logits(refit(copy.deepcopy(model), **options), batch)
-    refit(model, **options, heal_rank=4)
+    refit(model, **options, heal_rank=4, heal_alpha=6.0)
     assert torch.equal(plain_logits(model, batch), plain)
 
     adapters = {key: value for key, value in replacement_state(model).items() if ".lora." in key}
@@ -235,11 +235,12 @@ def test_beside_layers_that_are_solved(family: str) -> None:
             layer.bias.data.copy_(replacement_state(model)[f"{name}.replacement.bias"])
     for name in names:
         down, up = (adapters[f"{name}.replacement.lora.lora_{part}.default.weight"] for part in "AB")
-        weight_of(changed, name).add_(up @ down)
+        weight_of(changed, name).add_(6.0 / 4 * up @ down)
     wanted = plain_logits(bare(changed), batch)
     assert difference(wanted, plain) > 1e-3
     assert difference(plain_logits(model, batch), wanted) < 1e-5
-    remove_for_good(model, PruningPlan.of(*BLOCKS_GONE, replacement="refit", **options, heal_rank=4))
+    plan = PruningPlan.of(*BLOCKS_GONE, replacement="refit", **options, heal_rank=4, heal_alpha=6.0)
+    remove_for_good(model, plan)
     assert difference(plain_logits(model, batch), wanted) < 1e-5
     assert not replacement_state(model)
 
@@ -316,6 +317,8 @@ WITH_REFIT = PruningPlan((*heal("block.1").removals, *PruningPlan.of("block.3", 
         (heal("block.5", before=0), "no block is kept that could be healed: set the option before"),
         (heal("mlp.5", before=1, layers="mlp", blocks=1), ""),
         (OTHER_RANK, "give every healing of a plan the same options"),
+        (PruningPlan.of("block.2", replacement="refit", heal_alpha=8), "scale of adapters: set heal_rank too"),
+        (PruningPlan.of("block.2", replacement="refit", heal_rank=4, heal_alpha=0), "alpha is 0"),
         (WITH_REFIT, "both healing and refit, which change the same layers: use refit alone, with heal_rank"),
     ],
 )

@@ -43,7 +43,9 @@ def healing_of(anatomy: Anatomy, plan: PruningPlan) -> Healing | None:
 
 def _options(removal: Removal) -> dict[str, Any]:
     """Of the healing that a removal asks for."""
-    return dict(removal.options) if removal.replacement == "healing" else {"rank": removal.options["heal_rank"]}
+    if removal.replacement == "healing":
+        return dict(removal.options)
+    return {"rank": removal.options["heal_rank"], "alpha": removal.options.get("heal_alpha")}
 
 
 def healed_sites(anatomy: Anatomy, plan: PruningPlan) -> tuple[Site, ...]:

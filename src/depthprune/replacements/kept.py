@@ -35,6 +35,8 @@ class Refit(InKeptLayers):
         features: what the map maps (see :class:`~depthprune.replacements.maps.MapReplacement`).
         heal_rank: the other linear layers of the last kept block before the cut and of all behind it get LoRA adapters
             of this rank, which start from nothing and learn in training (see :class:`Healing`); none if 0.
+        heal_alpha: scale of those adapters (see there); ``heal_rank`` if not given. Under Adam, ``r`` times that is a
+            learning rate ``r`` times as high for their outer factors alone, as in LoRA+ (arXiv 2402.12354).
     """
 
     def __init__(
@@ -47,10 +49,13 @@ class Refit(InKeptLayers):
         map: str = "none",
         features: str = "read",
         heal_rank: int = 0,
+        heal_alpha: float | None = None,
     ) -> None:
         super().__init__(hidden_size)
         if heal_rank:
-            check_adapter(heal_rank, None, 0.0, hidden_size)
+            check_adapter(heal_rank, heal_alpha, 0.0, hidden_size)
+        elif heal_alpha is not None:
+            raise ValueError("The option heal_alpha of refit is the scale of adapters: set heal_rank too.")
         if map not in MAPS:
             raise unknown_name("map beside a refit", map, MAPS)
         check_features(features)
