@@ -51,7 +51,11 @@ class Family:
         logit_scale: the config's entry that the logits are multiplied by, if it has one.
         logit_cap: the config's entry beyond which the logits are bent by a tanh, if it has one.
         restarts_positions: whether positions that start again within a sequence keep documents apart.
-        learned_positions: whether there is a vector for each position, and so a longest sequence.
+        position_embedding: where the vectors are, one for each position, if a model has them; so it has a longest
+            sequence.
+        attention_bias: the config's entry that gives the attention's layers biases, if it has one.
+        mlp_bias: the same of the MLP's layers.
+        becomes_llama: whether a model without a sliding window is a llama under another name.
         requirements: values of the config that surgery relies on.
     """
 
@@ -69,12 +73,16 @@ class Family:
     logit_scale: str | None = None
     logit_cap: str | None = None
     restarts_positions: bool = True
-    learned_positions: bool = False
+    position_embedding: str | None = None
+    attention_bias: str = "attention_bias"
+    mlp_bias: str = "mlp_bias"
+    becomes_llama: bool = False
     requirements: tuple[Requirement, ...] = ()
 
 
 FAMILIES = (
-    Family(("llama", "mistral", "phi3", "qwen2", "qwen3")),
+    Family(("llama", "phi3", "qwen3")),
+    Family(("mistral", "qwen2"), becomes_llama=True),
     Family(("mixtral",), mlp_output=None),
     Family(("smollm3",), per_layer_lists=("layer_types", "no_rope_layers")),
     Family(("qwen3_moe",), sparse_step="decoder_sparse_step", dense_list="mlp_only_layers"),
@@ -116,7 +124,7 @@ FAMILIES = (
         attention=("attn",),
         attention_output="attn.c_proj",
         mlp_output="mlp.c_proj",
-        learned_positions=True,
+        position_embedding="wpe",
         requirements=(
             Requirement("scale_attn_by_inverse_layer_idx", False, "its attentions depend on their block's number"),
             Requirement("add_cross_attention", False, "its blocks read from an encoder"),
@@ -129,7 +137,9 @@ FAMILIES = (
         attention_output="self_attn.out_proj",
         mlp_output="fc2",
         restarts_positions=False,
-        learned_positions=True,
+        position_embedding="embed_positions",
+        attention_bias="enable_bias",
+        mlp_bias="enable_bias",
         requirements=(Requirement("do_layer_norm_before", True, "its norms stand on the stream itself"),),
     ),
 )

@@ -36,7 +36,7 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """
     family, (rows, length) = family_of(model.config.model_type), batch["input_ids"].shape
     most = getattr(model.config, "max_position_embeddings", length)
-    if family.learned_positions and length > most:
+    if family.position_embedding and length > most:
         raise ValueError(
             f"The sequences are {length} tokens long, and {model.config.model_type} has positions for {most}: set "
             f"sequence_length to {most} or less."

@@ -30,13 +30,21 @@ def remove_for_good(model: PreTrainedModel, plan: PruningPlan) -> None:
     done = PruningPlan.from_dict(record["plan"]) if record else PruningPlan(())
     whole = done.followed_by(plan) if record else plan
     keep_changed_layers(model)
+    if record:
+        parameters = record["unpruned"].get("parameters")  # which older folders do not say
+    else:
+        parameters = sum(tensor.numel() for name, tensor in model.named_parameters() if ".replacement." not in name)
     for slot in open_slots(model).values():
         assert isinstance(slot, nn.Module)
         _hollow(slot)
     model.config.depthprune = {
         "plan": whole.to_dict(),
         "kept_blocks": list(_kept_blocks(whole, anatomy.block_count)),
-        "unpruned": {"architecture": dict(fingerprint.architecture), "weights": fingerprint.weights},
+        "unpruned": {
+            "architecture": dict(fingerprint.architecture),
+            "weights": fingerprint.weights,
+            "parameters": parameters,
+        },
     }
     _compact(anatomy)
     guard_saving(model, whole.is_plain)

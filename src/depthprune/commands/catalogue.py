@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from depthprune.embedded_catalogue import MODELS, TASKS, TEXTS, WORD_PROBLEMS
+from depthprune.export.table import FORMATS
 from depthprune.families import FAMILIES
 from depthprune.influence.registry import METRICS
 from depthprune.recovery.objectives import OBJECTIVES
@@ -24,6 +25,7 @@ def names() -> dict[str, dict[str, str]]:
             "none": "Nothing stands in the site's place.",
             **{name: _first_line(kind) for name, kind in REPLACEMENTS.items()},
         },
+        "formats of an export": FORMATS,
         "objectives": {name: _first_line(objective) for name, objective in OBJECTIVES.items()},
     }
 

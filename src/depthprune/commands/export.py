@@ -1,0 +1,68 @@
+"""``depthprune export``: a pruned model as a checkpoint that other engines open, with a proof that it is the same."""
+
+from __future__ import annotations
+
+from depthprune.data.module import one_text
+from depthprune.data.text import RoleShares, TextSource
+from depthprune.export.folder import EXPORT_FILE
+from depthprune.export.folder import export as export_model
+from depthprune.export.texts import padded_texts
+from depthprune.files import check_new_folder
+from depthprune.loading import load
+
+
+def export(
+    model: str,
+    output: str,
+    format: str = "plain",
+    as_llama: bool = False,
+    untie: bool = False,
+    max_shard_size: str = "5GB",
+    text: TextSource = TextSource("xsum"),  # noqa: B008 -- frozen
+    sequences: int = 4,
+    sequence_length: int = 64,
+    shares: RoleShares = RoleShares(),  # noqa: B008 -- frozen
+    dtype: str = "auto",
+    revision: str | None = None,
+) -> None:
+    """Write a pruned model in a form that other engines open.
+
+    The exported folder is opened in a process of its own, without depthprune, and its logits and greedy text are
+    compared with those of the model in memory; a folder that does not match is deleted.
+
+    Args:
+        model: a pruned model's folder, as `depthprune prune` writes it.
+        output: folder for the exported model; must not exist or be empty.
+        format: plain (the architecture's own folder, with fewer blocks) or compatible (removed attentions and MLPs
+            stay with weights of zero).
+        as_llama: write the llama that a mistral or qwen2 without a window is, whose layers can have biases.
+        untie: give the head weights of its own where the embeddings have to take a constant.
+        max_shard_size: the size at which files of weights are split, such as 5GB.
+        text: the text for the comparison; its fit role is used.
+        sequences: how many sequences are compared.
+        sequence_length: tokens of the longest one.
+        shares: shares of the documents for the four roles.
+        dtype: auto (as saved), bfloat16, float16 or float32.
+        revision: branch, tag or commit on the hub.
+    """
+    output = str(check_new_folder(output))
+    causal_lm, tokenizer = load(model, dtype=dtype, revision=revision)
+    data = one_text(model, text, sequence_length, sequences, shares, revision, calibration_sequences=sequences)
+    print(f"Writing {model} as {format}, and opening it in a process of its own.", flush=True)
+    batch = padded_texts(next(iter(data.calibration_dataloader())))
+    about = export_model(causal_lm, tokenizer, output, batch, format, as_llama, untie, max_shard_size)
+    for site, key in about["folded"].items():
+        print(f"The constant of {site} is in {key}.")
+    if about["untied_bytes"]:
+        print(f"The head has weights of its own: {about['untied_bytes'] / 1e6:.1f} MB more.")
+    sizes, cache, proof = about["parameters"], about["cache_bytes_per_token"], about["proof"]
+    print(
+        f"Parameters: {sizes['exported'] / 1e6:.1f}M"
+        + (f" of {sizes['unpruned'] / 1e6:.1f}M" if sizes["unpruned"] else "")
+        + f". Cache: {cache['exported']:,.0f} of {cache['unpruned']:,.0f} bytes per token."
+    )
+    print(
+        f"The same model: logits differ by up to {proof['logits_difference']:.1e} on {proof['tokens']} tokens, and "
+        f"{proof['generated_alike']:.0%} of the texts that it writes are the same."
+    )
+    print(f"Wrote {output} ({EXPORT_FILE} has the figures): open it with AutoModelForCausalLM.from_pretrained.")

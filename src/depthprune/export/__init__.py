@@ -1,0 +1,1 @@
+"""Pruned models as checkpoints that other engines open."""

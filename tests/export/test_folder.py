@@ -1,0 +1,128 @@
+"""The command: an exported folder is proven in a process of its own, or not kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import depthprune as dp
+from depthprune.export import folder as folders
+from depthprune.export.draft import Draft, draft
+from depthprune.export.proof import Proof
+from depthprune.sites import PruningPlan
+from tests.command_line import LENGTH, Workshop, refusal, run
+from tests.tiny_models import BLOCKS, calibration
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def pruned(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model without two blocks, a constant in the place of each."""
+    model, tokenizer = dp.load(workshop.model)
+    plan = PruningPlan.of("block.2", "block.4", replacement="emulated_update")
+    made = tmp_path_factory.mktemp("pruned") / "model"
+    dp.save(dp.prune(model, plan, calibration()), tokenizer, made)
+    return made
+
+
+def command(workshop: Workshop, model: Path, output: Path, *more: object) -> list[object]:
+    return [
+        *("export", "--model", model, "--output", output, "--text.path", workshop.text),
+        *("--sequence_length", LENGTH, "--sequences", 3, *more),
+    ]
+
+
+def test_a_plain_folder(workshop: Workshop, pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "plain"
+    assert run(*command(workshop, pruned, output)) == 0
+    printed = capsys.readouterr().out
+    assert "The constant of block.2 is in model.layers.1.mlp.down_proj.bias." in printed
+    assert "100% of the texts that it writes are the same" in printed
+    about = json.loads((output / "export.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(output)
+    whole, _ = dp.load(workshop.model)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert about["parameters"] == {"unpruned": sum(p.numel() for p in whole.parameters()), "exported": count}
+    assert about["weight_bytes"] == sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    heads, width, number = 2, 8, 4
+    per_block = 2 * heads * width * number
+    assert about["cache_bytes_per_token"] == {"unpruned": BLOCKS * per_block, "exported": (BLOCKS - 2) * per_block}
+    assert about["proof"]["logits_difference"] < 1e-5
+    assert about["proof"]["tokens"] == LENGTH + LENGTH * 3 // 4 + LENGTH // 2
+    assert PruningPlan.load(output / "plan.json").removals[0].replacement == "emulated_update"
+    ids = AutoTokenizer.from_pretrained(output)("the word that it was", return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, dp.load(pruned)[0](ids).logits, rtol=0, atol=1e-5)
+
+
+def test_in_shards(workshop: Workshop, pruned: Path, tmp_path: Path) -> None:
+    assert run(*command(workshop, pruned, tmp_path / "one", "--max_shard_size", "30KB")) == 0
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) > 2
+
+
+def broken(*arguments: Any, **options: Any) -> Draft:
+    made = draft(*arguments, **options)
+    with torch.no_grad():
+        made.model.get_parameter("model.layers.1.mlp.down_proj.bias").mul_(0.9)
+    return made
+
+
+def unfinished(*arguments: Any, **options: Any) -> Draft:
+    made = draft(*arguments, **options)
+    made.model.config.num_hidden_layers = BLOCKS
+    return made
+
+
+@pytest.mark.parametrize(
+    ("drafted", "sentence"),
+    [(broken, "not the same as the one in memory"), (unfinished, "logits differ|does not open")],
+)
+def test_what_is_not_the_same_is_not_kept(
+    workshop: Workshop, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drafted: Any, sentence: str
+) -> None:
+    monkeypatch.setattr(folders, "draft", drafted)
+    refused = refusal(*command(workshop, pruned, tmp_path / "wrong"))
+    assert any(part in refused for part in sentence.split("|"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def stopped(*arguments: Any) -> Proof:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_export_leaves_nothing(
+    workshop: Workshop, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "prove", stopped)
+    assert run(*command(workshop, pruned, tmp_path / "half")) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def mapped(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with an adapter in the place of an attention."""
+    model, tokenizer = dp.load(workshop.model)
+    plan = PruningPlan.of("attention.2", replacement="low_rank_adapter", rank=2)
+    made = tmp_path_factory.mktemp("mapped") / "model"
+    dp.save(dp.prune(model, plan, calibration()), tokenizer, made)
+    return made
+
+
+def test_refusals(workshop: Workshop, pruned: Path, mapped: Path, tmp_path: Path) -> None:
+    for model, flags, sentence in (
+        (workshop.model, (), "Nothing was removed from the model"),
+        (pruned, ("--format", "plane"), "Did you mean 'plain'"),
+        (mapped, (), "choose the format compatible"),
+        (mapped, ("--format", "compatible"), "In attention.2 stands a map of the stream"),
+    ):
+        assert sentence in refusal(*command(workshop, model, tmp_path / "none", *flags))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert "is not empty" in refusal(*command(workshop, pruned, tmp_path / "full"))
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
