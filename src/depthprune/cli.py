@@ -34,10 +34,7 @@ COMMANDS = {
     "recommend": ("depthprune.commands.recommend:recommend", "which metric to prune by, from curves and trade-offs"),
     "ablate": ("depthprune.commands.ablate:ablate", "recover the same sites in several ways, on disjoint samples"),
     "report": ("depthprune.commands.report:report", "the reports of several results as one page: report a b"),
-    "export": (
-        "depthprune.commands.export:export",
-        "a pruned model as other engines open it, proven the same",
-    ),
+    "export": ("depthprune.commands.export:export", "a pruned model as other engines open it, proven the same"),
     "generate": ("depthprune.commands.generate:generate", "write a model's own continuations, to train on"),
     "compare": ("depthprune.commands.compare:compare", "how far influence tables agree: compare a.json b.json"),
     "list": ("depthprune.commands.catalogue:catalogue", "list everything that has a name: models, texts, metrics, ..."),

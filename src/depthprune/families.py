@@ -5,7 +5,7 @@ To add a family, add a row to :data:`FAMILIES` and its ``model_type`` to the tes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,8 @@ class Family:
             sequence.
         attention_bias: the config's entry that gives the attention's layers biases, if it has one.
         mlp_bias: the same of the MLP's layers.
-        becomes_llama: whether a model without a sliding window is a llama under another name.
+        as_llama: where a model without a sliding window is a llama under another name, what that one's config says
+            beyond its own.
         requirements: values of the config that surgery relies on.
     """
 
@@ -76,13 +77,14 @@ class Family:
     position_embedding: str | None = None
     attention_bias: str = "attention_bias"
     mlp_bias: str = "mlp_bias"
-    becomes_llama: bool = False
+    as_llama: Mapping[str, Any] | None = None
     requirements: tuple[Requirement, ...] = ()
 
 
 FAMILIES = (
     Family(("llama", "phi3", "qwen3")),
-    Family(("mistral", "qwen2"), becomes_llama=True),
+    Family(("mistral",), as_llama={}),
+    Family(("qwen2",), as_llama={"attention_bias": True}),
     Family(("mixtral",), mlp_output=None),
     Family(("smollm3",), per_layer_lists=("layer_types", "no_rope_layers")),
     Family(("qwen3_moe",), sparse_step="decoder_sparse_step", dense_list="mlp_only_layers"),

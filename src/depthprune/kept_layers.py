@@ -88,7 +88,7 @@ class HealedLayer(LayerChange):
 
     def forward(self, read: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:
         """The layer's output plus the adapter's, ``(..., Q)``, in the dtype of its input."""
-        if not torch.is_grad_enabled() and not self.lora.lora_B[ADAPTER].weight.any():
+        if not torch.is_grad_enabled() and not self.lora.get_parameter(f"lora_B.{ADAPTER}.weight").any():
             return layer(read)  # as in all passes of a closed form: the adapter adds nothing before it is trained
         with torch.autocast(read.device.type, read.dtype, enabled=read.dtype != torch.float32):
             added = self.lora(read)

@@ -183,7 +183,7 @@ def _name(model: nn.Module, wanted: nn.Module) -> str:
 def _no_bias(anatomy: Anatomy, fold: Fold, as_llama: bool) -> str:
     kind = "llama" if as_llama else anatomy.model.config.model_type
     remedy = "keep what depthprune.save wrote"
-    if anatomy.family.becomes_llama and not as_llama:
+    if anatomy.family.as_llama is not None and not as_llama:
         remedy = f"write the llama that it is (as_llama), or {remedy}"
     return (
         f"A constant stands in {fold.site}, and no layer of a {kind} that writes to the stream before it can have a "

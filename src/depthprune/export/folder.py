@@ -98,5 +98,5 @@ def _about(
             "exported": sum(proof.cache_numbers) * number,
         },
         "proof": {"kind": "reopened", **proof.to_dict()},
-        "origin": origin(),
+        **origin(),
     }

@@ -6,9 +6,6 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from depthprune.families import Family
 
-QWEN_BIASES = ("qwen2",)
-"""Model types whose queries, keys and values have biases, and the attention's output has none."""
-
 
 def llama_config(config: PreTrainedConfig, family: Family) -> LlamaConfig:
     """The config of the llama that a model is; the weights have the same names.
@@ -22,7 +19,7 @@ def llama_config(config: PreTrainedConfig, family: Family) -> LlamaConfig:
     """
     if isinstance(config, LlamaConfig):
         return config
-    if not family.becomes_llama:
+    if family.as_llama is None:
         raise ValueError(f"A {config.model_type} is not a llama under another name: leave as_llama out.")
     window = getattr(config, "sliding_window", None)
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
@@ -35,4 +32,4 @@ def llama_config(config: PreTrainedConfig, family: Family) -> LlamaConfig:
     same = {name: value for name, value in config.to_dict().items() if name in known or name == "depthprune"}
     for name in ("model_type", "architectures", "transformers_version"):
         same.pop(name, None)
-    return LlamaConfig(**{**same, "attention_bias": config.model_type in QWEN_BIASES, "mlp_bias": False})
+    return LlamaConfig(**{**same, **family.as_llama})

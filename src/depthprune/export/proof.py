@@ -67,14 +67,13 @@ class Proof:
         return asdict(self)
 
 
-def prove(model: PreTrainedModel, folder: Path, batch: Batch, remote_code: bool = False) -> Proof:
+def prove(model: PreTrainedModel, folder: Path, batch: Batch) -> Proof:
     """Compare an exported folder with the model that it was made from.
 
     Args:
         model: the model in memory; while it is asked, its weights are in fp32.
         folder: the folder.
         batch: real text, ``input_ids`` and ``attention_mask``, ``(B, T)``, padded on the left.
-        remote_code: whether the folder holds a modelling file of its own.
 
     Raises:
         ValueError: the folder does not open.
@@ -83,7 +82,7 @@ def prove(model: PreTrainedModel, folder: Path, batch: Batch, remote_code: bool 
     with _in_float32(model):
         device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         wanted = {name: tensor.cpu() for name, tensor in reopen.behaviour(model, device, NEW_TOKENS).items()}
-    found = _reopened(folder, inputs, remote_code)
+    found = _reopened(folder, inputs)
     counts = inputs["attention_mask"].bool()
     here, there = wanted["logits"][counts], found["logits"][counts]
     alike = (wanted["generated"] == found["generated"]).all(1)
@@ -97,13 +96,12 @@ def prove(model: PreTrainedModel, folder: Path, batch: Batch, remote_code: bool 
     )
 
 
-def _reopened(folder: Path, inputs: Mapping[str, Tensor], remote_code: bool) -> dict[str, Tensor]:
+def _reopened(folder: Path, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the model in a folder does, in a process of its own."""
     with tempfile.TemporaryDirectory() as place:
         asked, told = Path(place) / "inputs.safetensors", Path(place) / "outputs.safetensors"
         save_file(dict(inputs), asked)
         command = [sys.executable, "-I", reopen.__file__, str(folder), str(asked), str(told), str(NEW_TOKENS)]
-        command += ["--trust-remote-code"] if remote_code else []
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         if ended.returncode:
             last = (ended.stderr.strip() or "no message").splitlines()[-1]

@@ -1,6 +1,6 @@
 """Opens an exported folder as anyone would, and writes down what the model does: run as a script, without depthprune.
 
-python -I reopen.py FOLDER INPUTS OUTPUTS NEW_TOKENS [--trust-remote-code]
+python -I reopen.py FOLDER INPUTS OUTPUTS NEW_TOKENS
 """
 
 import sys
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 
-def main(folder: str, inputs: str, outputs: str, new_tokens: str, *flags: str) -> None:
+def main(folder: str, inputs: str, outputs: str, new_tokens: str) -> None:
     """Write logits, greedy text and the size of the cache.
 
     Args:
@@ -22,11 +22,8 @@ def main(folder: str, inputs: str, outputs: str, new_tokens: str, *flags: str) -
         outputs: the file to write: ``logits (B, T, V)``, ``generated (B, T + N)``, and ``cache``, how many numbers
             each layer of the cache holds for a token.
         new_tokens: N.
-        flags: ``--trust-remote-code`` runs the folder's own modelling file.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code="--trust-remote-code" in flags
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     save_file(behaviour(model, load_file(inputs), int(new_tokens)), outputs)
 
 

@@ -1,4 +1,4 @@
-"""What can be exported in which form: the one table, from which the command and the README take it."""
+"""What can be exported in which form: the one table, which the README shows and the tests hold the code to."""
 
 from __future__ import annotations
 
