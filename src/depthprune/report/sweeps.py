@@ -160,6 +160,8 @@ def forgetting_figure(content: Mapping[str, Any]) -> Figure | None:
     left.plot(*zip(*edge, strict=True), ":", color="black", lw=1.2, label="Pareto front, all validations")
     left.set_xlabel("in-domain loss, fall since the start (nats/token)", fontsize=9.5)
     right.set_xlabel("distance of the weights from their start (relative)", fontsize=9.5)
+    for axes in (left, right):
+        axes.locator_params(axis="x", nbins=5)
     tidy(left, "learning", "most that another domain\nis above its lowest (nats/token)")
     tidy(right, "distance", "")
     legend(figure, [left])
