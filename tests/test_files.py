@@ -175,3 +175,27 @@ def test_what_a_killed_process_left_half_written_goes(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob(".results.json*"))) == 1
     with only_writer(tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == {".lock", ".settings.json"}
+
+
+def test_what_a_killed_process_left_of_a_folder_goes_when_it_is_written_again(tmp_path: Path) -> None:
+    def dies() -> int:
+        with whole_folder(tmp_path / "model") as partial:
+            (partial / "half").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    assert forked(dies) == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
+    with whole_folder(tmp_path / "other"):
+        assert len(list(tmp_path.iterdir())) == 2  # another folder's stays
+
+    def overtaken() -> None:
+        with whole_folder(tmp_path / "model") as late:
+            assert list(tmp_path.glob(".model*")) == [late]
+            with whole_folder(tmp_path / "model") as early:
+                assert late.exists()  # a process that still runs keeps its own
+                (early / "early").write_text("early")
+
+    with pytest.raises(ValueError, match="Cannot write"):
+        overtaken()
+    assert everything(tmp_path) == {"other", "model", "model/early"}

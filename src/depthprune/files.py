@@ -1,10 +1,14 @@
 """Files that are whole or not there: written under a temporary name, then renamed."""
 
 import errno
+import glob
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,6 +134,31 @@ def read_text(path: Path | str, what: str) -> str:
         raise ValueError(f"Cannot read {what} from {path}: {error}. Check the path.") from error
 
 
+def _machine() -> str:
+    return re.sub(r"\W", "_", platform.node())[:40]
+
+
+def _remove_left(parent: Path, name: str) -> None:
+    """Remove the temporary folders of processes of this machine that no longer run."""
+    for left in parent.glob(f".{glob.escape(name)}{PARTIAL}{_machine()}-*"):
+        number = left.name.removeprefix(f".{name}{PARTIAL}{_machine()}-").partition("-")[0]
+        if number.isdigit() and not _runs(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether there is such a process; where that cannot be asked, True."""
+    if sys.platform == "win32":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
 def _named(folder: Path | str) -> Path:
     """A folder's path with ``~`` written out."""
     if "\0" in str(folder):
@@ -199,13 +228,16 @@ def check_new_folder(folder: Path | str) -> Path:
 def whole_folder(folder: Path | str) -> Iterator[Path]:
     """A temporary folder that becomes ``folder`` when the block ends without an exception.
 
+    What a killed process of this machine left of the same folder is removed first.
+
     Raises:
         ValueError: ``folder`` exists and is not empty, cannot be written to, or the disk is full. Nothing stays behind.
     """
     folder = check_new_folder(folder)
     parent = make_folder(folder.parent)
     try:
-        partial = Path(tempfile.mkdtemp(dir=parent, prefix=f".{folder.name}{PARTIAL}"))
+        _remove_left(parent, folder.name)
+        partial = Path(tempfile.mkdtemp(dir=parent, prefix=f".{folder.name}{PARTIAL}{_machine()}-{os.getpid()}-"))
     except OSError as error:
         raise _cannot_write(folder, error) from error
     try:
