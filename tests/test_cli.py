@@ -55,7 +55,7 @@ def test_each_command_has_help_and_prints_its_config(command: str, capsys: pytes
 
 def test_unknown_commands_and_options() -> None:
     assert (
-        "Unknown command 'prun'. Did you mean 'prune'? Known: ablate, compare, curve, evaluate, export, fetch, fit"
+        "Unknown command 'prun'. Did you mean 'prune'? Known: ablate, benchmark, compare, curve, evaluate, export"
         in refusal("prun")
     )
     assert "unrecognized arguments: --all: see depthprune list --help" in refusal("list", "--all")

@@ -21,7 +21,10 @@ GATES = sorted((HOME / "configs" / "gates").glob("*.yaml"))  # beside a configur
 CONFIGS = [path for path in sorted((HOME / "configs").rglob("*.yaml")) if path not in GATES]
 BY_ROOM = {
     command: [path for path in CONFIGS if path.parent.name == command]
-    for command in ("study", "influence", "curve", "prune", "evaluate", "tradeoff", "ablate", "generate", "export")
+    for command in (
+        *("study", "influence", "curve", "prune", "evaluate", "tradeoff", "ablate", "generate", "export"),
+        "benchmark",
+    )
 }
 FITS = [path for path in CONFIGS if path.parent.name == "fit"]
 

@@ -35,6 +35,10 @@ COMMANDS = {
     "ablate": ("depthprune.commands.ablate:ablate", "recover the same sites in several ways, on disjoint samples"),
     "report": ("depthprune.commands.report:report", "the reports of several results as one page: report a b"),
     "export": ("depthprune.commands.export:export", "a pruned model as other engines open it, proven the same"),
+    "benchmark": (
+        "depthprune.commands.benchmark:benchmark",
+        "speed, cache and memory beside the unpruned model: benchmark FOLDER --against BASE",
+    ),
     "generate": ("depthprune.commands.generate:generate", "write a model's own continuations, to train on"),
     "compare": ("depthprune.commands.compare:compare", "how far influence tables agree: compare a.json b.json"),
     "list": ("depthprune.commands.catalogue:catalogue", "list everything that has a name: models, texts, metrics, ..."),
@@ -44,6 +48,9 @@ COMMANDS = {
 
 LISTS = {"compare": "--tables", "recommend": "--results", "report": "--results"}
 """Commands whose files need no flag, and the flag that they stand for."""
+
+SINGLES = {"benchmark": "--model"}
+"""The same for commands of one file."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if command in LISTS:
         rest = _with_flag(LISTS[command], rest)
+    elif command in SINGLES and rest and not rest[0].startswith("-"):
+        rest = [SINGLES[command], *rest]
     keep_freed_memory()
     from jsonargparse import ArgumentError
 

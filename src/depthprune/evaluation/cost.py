@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from depthprune.head import evaluating, input_device
-from depthprune.surgery import CACHE_ARGUMENTS, open_slots
+from depthprune.evaluation.benchmark import Load, measure
+from depthprune.head import input_device
+from depthprune.surgery import open_slots
 
 
 @dataclass(frozen=True)
@@ -68,49 +65,14 @@ def cost(model: PreTrainedModel, timing: Timing) -> dict[str, float | None]:
         way, which only CUDA tells (else None).
     """
     device = input_device(model)
-    prompt = torch.randint(0, model.config.get_text_config().vocab_size, (1, timing.prompt_tokens))
-    prompt = prompt.to(device)
-    reading: list[float] = []
-    writing: list[float] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with evaluating(model):
-        for _ in range(timing.repeats + 1):
-            cache = DynamicCache(config=model.config)
-            reading.append(_seconds(lambda: _step(model, prompt, cache), device))  # noqa: B023 -- called at once
-            if len(reading) == 1:
-                cache_bytes = _cache_bytes(cache) / timing.prompt_tokens
-            writing.append(_seconds(lambda: _write(model, prompt[:, -1:], cache, timing.new_tokens), device))  # noqa: B023
+    found = measure({"": model}, Load(1, timing.prompt_tokens, timing.new_tokens), timing.repeats)[""]
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {
         "parameters": parameters_in_use(model),
-        "cache_bytes": cache_bytes,
-        "prefill_speed": timing.prompt_tokens / statistics.median(reading[1:]),
-        "decode_speed": timing.new_tokens / statistics.median(writing[1:]),
+        "cache_bytes": found.cache_bytes,
+        "prefill_speed": timing.prompt_tokens / statistics.median(found.first_token),
+        "decode_speed": timing.new_tokens / statistics.median(found.writing),
         "peak_bytes": peak,
     }
-
-
-def _step(model: Any, ids: Tensor, cache: DynamicCache) -> Tensor:
-    known = inspect.signature(model.forward).parameters
-    name = next(argument for argument in CACHE_ARGUMENTS if argument in known)
-    logits: Tensor = model(ids, **{name: cache}, use_cache=True, logits_to_keep=1).logits
-    return logits
-
-
-def _write(model: PreTrainedModel, ids: Tensor, cache: DynamicCache, count: int) -> None:
-    for _ in range(count):
-        ids = _step(model, ids, cache).argmax(-1)
-
-
-def _cache_bytes(cache: Any) -> int:
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
-
-
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start

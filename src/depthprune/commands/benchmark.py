@@ -1,0 +1,111 @@
+"""``depthprune benchmark``: how fast a pruned model is, and how much memory it takes, beside the unpruned one."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from depthprune.configuration import as_data
+from depthprune.devices import start_fabric
+from depthprune.evaluation.benchmark import Load, measure
+from depthprune.evaluation.cost import parameters_in_use
+from depthprune.figures import write_figure
+from depthprune.files import make_folder, write_json
+from depthprune.loading import load, parse_dtype
+from depthprune.origin import origin
+from depthprune.progress import tracked
+from depthprune.report.benchmark import benchmark_figure, benchmark_report, console_table
+from depthprune.report.html import write_page
+
+VERSION = 1
+
+
+def benchmark(
+    model: str,
+    against: str,
+    output: str | None = None,
+    batch_sizes: Sequence[int] = (1, 4),
+    prompt_tokens: Sequence[int] = (128, 512),
+    new_tokens: int = 32,
+    repeats: int = 7,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    accelerator: str = "auto",
+    trust_remote_code: bool = False,
+) -> None:
+    """Measure a pruned model and the unpruned one by turns, in one process.
+
+    For every batch size and length of the prompt: time to the first token, tokens per second of reading and writing,
+    bytes of the cache, and memory beside the weights.
+
+    Args:
+        model: a pruned model's folder, also an exported one; also without the flag: depthprune benchmark FOLDER.
+        against: the unpruned model: an embedded name, a hub name or a folder.
+        output: folder for benchmark.html, .md, .json and .png; nothing is written if not given.
+        batch_sizes: sequences at once.
+        prompt_tokens: tokens of each prompt.
+        new_tokens: tokens that are written behind the first one.
+        repeats: how often, after one turn that does not count.
+        dtype: auto (as saved), bfloat16, float16 or float32.
+        attn_implementation: as in transformers, such as eager.
+        accelerator: as in Lightning: auto, cpu, gpu.
+        trust_remote_code: run the modelling file of a folder, as exports in the format custom-code have one.
+    """
+    config = as_data(dict(locals()))
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}: set it to 1 or more.")
+    if not batch_sizes or not prompt_tokens:
+        raise ValueError("batch_sizes and prompt_tokens need a number each.")
+    loads = [Load(*pair, new_tokens) for pair in product(batch_sizes, prompt_tokens)]
+    folder = None if output is None else make_folder(output)
+    device = start_fabric(accelerator).device
+    models = {}
+    for side, name in (("model", model), ("against", against)):
+        models[side] = _opened(name, dtype, attn_implementation, trust_remote_code)
+        torch.nn.Module.to(models[side], device)
+    sizes = {
+        side: {
+            "parameters": parameters_in_use(each),
+            "bytes": sum(parameter.nbytes for parameter in each.parameters()),
+        }
+        for side, each in models.items()
+    }
+    rows = []
+    for each in loads:
+        watch = partial(tracked, label=f"{each.batch_size} x {each.prompt_tokens} tokens")
+        found = measure(models, each, repeats, watch, counts_memory=True)
+        rows.append({"load": asdict(each), **{side: asdict(measured) for side, measured in found.items()}})
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    machine = f"{name}, {torch.get_num_threads()} threads, {str(models['model'].dtype).removeprefix('torch.')}"
+    content = {
+        "depthprune_benchmark": VERSION,
+        "config": config,
+        "machine": machine,
+        "weights": sizes,
+        "rows": rows,
+        **origin(),
+    }
+    Console().print(console_table(content))
+    if folder is not None:
+        write_json(folder / "benchmark.json", content)
+        write_figure(benchmark_figure(content), folder / "benchmark.png")
+        write_page(folder / "benchmark.md", benchmark_report(content), content)
+        print(f"Wrote benchmark.html, .md, .json and .png to {folder}.")
+
+
+def _opened(name: str, dtype: str, attn_implementation: str | None, trust_remote_code: bool) -> PreTrainedModel:
+    """A model as :func:`depthprune.load` opens it, or one that has code of its own."""
+    if trust_remote_code and any(Path(name).glob("modeling_*.py")):
+        own: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            name, dtype=parse_dtype(dtype), attn_implementation=attn_implementation, trust_remote_code=True
+        )
+        return own.eval()
+    return load(name, dtype=dtype, attn_implementation=attn_implementation)[0]
