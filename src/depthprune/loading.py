@@ -35,6 +35,9 @@ from depthprune.surgery import open_slots
 MODEL_TYPE = "depthprune"
 """``model_type`` of a folder that only depthprune opens."""
 
+CUSTOM_CODE_PREFIX = "depthprune_"
+"""How the ``model_type`` begins of a folder that was exported with a modelling file of its own."""
+
 FOLDER_VERSION = 1
 WEIGHTS = "depthprune{suffix}.safetensors"
 PLAN_FILE = "plan.json"
@@ -69,6 +72,7 @@ def load(
         folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, revision=revision))
         model = _load_pruned(folder, config, torch_dtype, device_map, attn_implementation)
     else:
+        _refuse_custom_code(name, config)
         family_of(config.get("model_type", "without model_type"))
         _refuse_lossy_folder(name, config)
         refuse_quantised(config.get("quantization_config"))
@@ -182,6 +186,15 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     if dtype not in names:
         raise unknown_name("dtype", dtype, ["auto", *names])
     return getattr(torch, dtype)
+
+
+def _refuse_custom_code(name: str | Path, config: dict[str, Any]) -> None:
+    """Refuse a folder with a modelling file that an export wrote."""
+    if str(config.get("model_type")).startswith(CUSTOM_CODE_PREFIX):
+        raise ValueError(
+            f"{name} was exported with a modelling file of its own, for engines without depthprune: name the pruned "
+            "model that it was exported from."
+        )
 
 
 def _refuse_lossy_folder(name: str | Path, config: dict[str, Any]) -> None:

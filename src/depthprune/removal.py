@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -30,10 +31,11 @@ def remove_for_good(model: PreTrainedModel, plan: PruningPlan) -> None:
     done = PruningPlan.from_dict(record["plan"]) if record else PruningPlan(())
     whole = done.followed_by(plan) if record else plan
     keep_changed_layers(model)
-    if record:
-        parameters = record["unpruned"].get("parameters")  # which older folders do not say
+    if record:  # older folders do not say
+        name, parameters = record["unpruned"].get("name"), record["unpruned"].get("parameters")
     else:
-        parameters = sum(tensor.numel() for name, tensor in model.named_parameters() if ".replacement." not in name)
+        name = _public_name(str(model.name_or_path))
+        parameters = sum(tensor.numel() for key, tensor in model.named_parameters() if ".replacement." not in key)
     for slot in open_slots(model).values():
         assert isinstance(slot, nn.Module)
         _hollow(slot)
@@ -43,6 +45,7 @@ def remove_for_good(model: PreTrainedModel, plan: PruningPlan) -> None:
         "unpruned": {
             "architecture": dict(fingerprint.architecture),
             "weights": fingerprint.weights,
+            "name": name,
             "parameters": parameters,
         },
     }
@@ -91,6 +94,11 @@ def restore_structure(model: PreTrainedModel, record: dict[str, Any]) -> None:
                 for module in anatomy.chain(site):
                     _hollow(module)
     guard_saving(model, plan.is_plain)
+
+
+def _public_name(name: str) -> str:
+    """A model's name on the hub or among the embedded ones; of a folder only the last part."""
+    return Path(name).name if Path(name).exists() or name.startswith((".", "/", "~")) else name
 
 
 def _own_config(model: PreTrainedModel) -> None:

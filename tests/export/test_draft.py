@@ -51,7 +51,7 @@ def test_constants_go_before(
     model = tiny_model(family, **options)
     wanted = by_hand(model, *sites)
     pruned = dp.prune(model, PruningPlan.of(*sites, replacement="emulated_update"), calibration())
-    made = draft(pruned, keeps_halves=True)
+    made = draft(pruned, halves="zero")
     assert list(made.folded) == list(map(Site.parse, sites))
     assert [key.partition("layers.")[2] or key for key in made.folded.values()] == keys
     assert made.untied_bytes == 0

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import depthprune as dp
 from depthprune.export import folder as folders
+from depthprune.export import formats
 from depthprune.export.draft import Draft, draft
 from depthprune.export.proof import Proof
 from depthprune.sites import PruningPlan
@@ -61,6 +63,38 @@ def test_a_plain_folder(workshop: Workshop, pruned: Path, tmp_path: Path, capsys
         torch.testing.assert_close(model(ids).logits, dp.load(pruned)[0](ids).logits, rtol=0, atol=1e-5)
 
 
+def test_a_card_for_the_hub(
+    workshop: Workshop, pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {
+        "variants": {
+            name: {"domains": {"law": {"nats": [loss, 2 * loss], "tokens": [1, 2], "bytes": [5, 9]}}}
+            for name, loss in (("unpruned", 2.0), ("pruned", 2.5))
+        }
+    }
+    (tmp_path / "evaluation.json").write_text(json.dumps(figures))
+    flags = ("--license", "mit", "--evaluation", tmp_path / "evaluation.json")
+    assert run(*command(workshop, pruned, tmp_path / "one", *flags)) == 0
+    card = ModelCard.load(tmp_path / "one" / "README.md")
+    assert card.data.license == "mit"
+    assert card.data.base_model == "model"  # of a folder only its name
+    assert "depth-pruning" in (card.data.tags or [])
+    assert str(tmp_path) not in card.content
+    assert "| block.2 | emulated update |" in card.content
+    assert "| law | pruned | 2.000 | +0.500 [+0.500, +0.500] |" in card.content
+    assert "AutoModelForCausalLM.from_pretrained(FOLDER)" in card.content
+    (tmp_path / "evaluation.json").write_text('{"variants": {}}')
+    assert "needs the unpruned model and another one" in refusal(*command(workshop, pruned, tmp_path / "two", *flags))
+    assert not (tmp_path / "two").exists()
+
+
+def test_without_a_hub_the_folder_stays(workshop: Workshop, pruned: Path, tmp_path: Path) -> None:
+    refused = refusal(*command(workshop, pruned, tmp_path / "one", "--push_to_hub", "owner/name"))
+    assert "could not be uploaded to owner/name" in refused
+    assert "hf upload owner/name" in refused
+    AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+
+
 def test_in_shards(workshop: Workshop, pruned: Path, tmp_path: Path) -> None:
     assert run(*command(workshop, pruned, tmp_path / "one", "--max_shard_size", "30KB")) == 0
     assert len(list((tmp_path / "one").glob("*.safetensors"))) > 2
@@ -86,7 +120,7 @@ def unfinished(*arguments: Any, **options: Any) -> Draft:
 def test_what_is_not_the_same_is_not_kept(
     workshop: Workshop, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drafted: Any, sentence: str
 ) -> None:
-    monkeypatch.setattr(folders, "draft", drafted)
+    monkeypatch.setattr(formats, "draft", drafted)
     refused = refusal(*command(workshop, pruned, tmp_path / "wrong"))
     assert any(part in refused for part in sentence.split("|"))
     assert list(tmp_path.iterdir()) == []
@@ -114,10 +148,42 @@ def mapped(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path
     return made
 
 
+def test_a_folder_with_code_of_its_own(workshop: Workshop, mapped: Path, tmp_path: Path) -> None:
+    output = tmp_path / "code"
+    assert run(*command(workshop, mapped, output, "--format", "custom-code", "--max_shard_size", "30KB")) == 0
+    about = json.loads((output / "export.json").read_text())
+    assert about["proof"]["logits_difference"] < 1e-5
+    heads, width, number = 2, 8, 4
+    per_block = 2 * heads * width * number
+    assert about["cache_bytes_per_token"]["exported"] == (BLOCKS - 1) * per_block + 2 * number
+    assert len(list(output.glob("*.safetensors"))) > 2
+    model, _ = dp.load(mapped)
+    assert about["parameters"]["exported"] == sum(
+        tensor.numel() for key, tensor in model.state_dict().items() if not key.endswith("replacement.mean")
+    )
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModelForCausalLM.from_pretrained(output, trust_remote_code=False)
+    with pytest.raises(ValueError, match="name the pruned model that it was exported from"):
+        dp.load(output)
+    assert "which custom-code does not need" in refusal(
+        *command(workshop, mapped, tmp_path / "no", "--format", "custom-code", "--untie", "true")
+    )
+
+
+def test_a_gguf_file(workshop: Workshop, pruned: Path, tmp_path: Path) -> None:
+    output = tmp_path / "gguf"
+    assert run(*command(workshop, pruned, output, "--format", "gguf")) == 0
+    about = json.loads((output / "export.json").read_text())
+    assert about["proof"] == {"kind": "structure", "weights_difference": 0.0}
+    assert about["weight_bytes"] == (output / "model.gguf").stat().st_size
+    assert sorted(path.name for path in output.iterdir()) == ["README.md", "export.json", "model.gguf", "plan.json"]
+
+
 def test_refusals(workshop: Workshop, pruned: Path, mapped: Path, tmp_path: Path) -> None:
     for model, flags, sentence in (
         (workshop.model, (), "Nothing was removed from the model"),
         (pruned, ("--format", "plane"), "Did you mean 'plain'"),
+        (pruned, ("--gguf_type", "q8_0"), "gguf_type is for GGUF files"),
         (mapped, (), "choose the format compatible"),
         (mapped, ("--format", "compatible"), "In attention.2 stands a map of the stream"),
     ):

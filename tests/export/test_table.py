@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -16,9 +17,12 @@ from transformers import PreTrainedModel
 import depthprune as dp
 from depthprune.export import reopen
 from depthprune.export.draft import draft
-from depthprune.export.table import AS_LLAMA, FORMATS, REFUSED, STANDING, cells, markdown
+from depthprune.export.formats import Settings, Written, write
+from depthprune.export.gguf_file import GGUF
+from depthprune.export.table import AS_LLAMA, FORMATS, LLAMA_FORMATS, REFUSED, STANDING, Row, cells, markdown
 from depthprune.replacements.registry import REPLACEMENTS
 from depthprune.sites import KINDS, PruningPlan
+from tests.export.gguf_reader import llama_of
 from tests.tiny_models import FAMILIES, calibration, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -29,9 +33,11 @@ SITES = {
     "mlp": ("mlp.1", "mlp.3", "mlp.4"),
 }
 PLACED = {"none": "none", "constant": "emulated_update", "map": "low_rank_adapter"}
-FULL_ATTENTION: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": None},
-    "qwen2": {"use_sliding_window": False, "sliding_window": None},
+LLAMA_SIZES = {"intermediate_size": 256, "vocab_size": 320}  # a width of nemotron-nas, and the tokenizer's size
+OPTIONS: dict[str, dict[str, Any]] = {
+    "llama": LLAMA_SIZES,
+    "mistral": {"sliding_window": None, **LLAMA_SIZES},
+    "qwen2": {"use_sliding_window": False, "sliding_window": None, **LLAMA_SIZES},
 }
 OPEN_ALL = """
 import runpy, sys
@@ -43,7 +49,7 @@ for folder in sys.argv[4:]:
 
 
 def pruned(family: str, kind: str, standing: str) -> PreTrainedModel:
-    model = tiny_model(family, **FULL_ATTENTION.get(family, {}))
+    model = tiny_model(family, **OPTIONS.get(family, {}))
     return dp.prune(model, PruningPlan.of(*SITES[kind], replacement=PLACED[standing]), calibration())
 
 
@@ -64,29 +70,40 @@ def test_the_readme_has_it() -> None:
     assert markdown() in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
-def test_every_cell(tmp_path: Path) -> None:
+def written(model: PreTrainedModel, folder: Path, name: str, row: Row, tokenizer: Any) -> Written:
+    """A cell's model in its format, in a folder of its own."""
+    folder.mkdir()
+    as_llama = row.outcome == AS_LLAMA and name not in LLAMA_FORMATS
+    return write(model, tokenizer, folder, name, Settings(as_llama=as_llama))
+
+
+def test_every_cell(tmp_path: Path, tiny_tokenizer: Any) -> None:
     batch = {name: tensor.contiguous() for name, tensor in tiny_batch("left").items()}
     save_file(batch, tmp_path / "inputs")
     counts = batch["attention_mask"].bool()
-    wanted = {}
+    wanted, found = {}, {}
     for family, kind, standing, name, row in cells():
         model = pruned(family, kind, standing)
-        options: dict[str, Any] = {"keeps_halves": name == "compatible", "as_llama": row.outcome == AS_LLAMA}
+        folder = tmp_path / "-".join((family, kind, standing, name))
         if row.outcome == REFUSED:
             with pytest.raises(ValueError, match=r"depthprune\.save wrote"):
-                draft(model, **options)
+                written(model, folder, name, row, tiny_tokenizer)
             continue
-        if row.outcome == AS_LLAMA:
+        if row.outcome == AS_LLAMA and name not in LLAMA_FORMATS:
             with pytest.raises(ValueError, match="as_llama"):
-                draft(model, keeps_halves=name == "compatible")
-        folder = tmp_path / "-".join((family, kind, standing, name))
-        draft(model, **options).model.save_pretrained(folder)
+                draft(model, halves="zero" if name == "compatible" else "refused")
+        written(model, folder, name, row, tiny_tokenizer)
         wanted[folder] = reopen.behaviour(model, batch, NEW)
-    assert len(wanted) > 100
+        if name == "gguf":
+            found[folder] = reopen.behaviour(llama_of(folder / GGUF), batch, NEW)
+    assert len(wanted) > 270
+    others = [folder for folder in wanted if folder not in found]
     command = [sys.executable, "-I", "-c", OPEN_ALL, reopen.__file__, str(tmp_path / "inputs"), str(NEW)]
-    subprocess.run([*command, *map(str, wanted)], check=True, capture_output=True)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path)}
+    subprocess.run([*command, *map(str, others)], check=True, capture_output=True, env=environment)
+    found |= {folder: load_file(folder / "behaviour.safetensors") for folder in others}
     for folder, mine in wanted.items():
-        its = load_file(folder / "behaviour.safetensors")
+        its = found[folder]
         difference = float((mine["logits"][counts] - its["logits"][counts]).abs().max())
         assert difference < 1e-5, f"{folder.name}: {difference}"
         assert torch.equal(mine["generated"], its["generated"]), folder.name

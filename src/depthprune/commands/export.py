@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from depthprune.data.module import one_text
 from depthprune.data.text import RoleShares, TextSource
+from depthprune.export.card import CardData, push
 from depthprune.export.folder import EXPORT_FILE
 from depthprune.export.folder import export as export_model
+from depthprune.export.formats import Settings
 from depthprune.export.texts import padded_texts
-from depthprune.files import check_new_folder
+from depthprune.files import check_new_folder, read_json
 from depthprune.loading import load
+
+OPENED_BY = {
+    "plain": "open it with AutoModelForCausalLM.from_pretrained",
+    "compatible": "open it with AutoModelForCausalLM.from_pretrained",
+    "custom-code": "open it with AutoModelForCausalLM.from_pretrained and trust_remote_code=True",
+    "nemotron-nas": "vllm serve FOLDER --trust-remote-code, or AutoModelForCausalLM and trust_remote_code=True",
+    "gguf": "llama-cli -m FOLDER/model.gguf",
+}
 
 
 def export(
@@ -18,6 +30,11 @@ def export(
     as_llama: bool = False,
     untie: bool = False,
     max_shard_size: str = "5GB",
+    gguf_type: str | None = None,
+    license: str | None = None,
+    evaluation: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool = True,
     text: TextSource = TextSource("xsum"),  # noqa: B008 -- frozen
     sequences: int = 4,
     sequence_length: int = 64,
@@ -33,11 +50,18 @@ def export(
     Args:
         model: a pruned model's folder, as `depthprune prune` writes it.
         output: folder for the exported model; must not exist or be empty.
-        format: plain (the architecture's own folder, with fewer blocks) or compatible (removed attentions and MLPs
-            stay with weights of zero).
-        as_llama: write the llama that a mistral or qwen2 without a window is, whose layers can have biases.
+        format: plain (the architecture's own folder, with fewer blocks), compatible (removed attentions and MLPs stay
+            with weights of zero), custom-code (a folder with a modelling file of its own, for any replacement),
+            nemotron-nas (a llama for vLLM, SGLang and TensorRT-LLM) or gguf (a llama as one file for llama.cpp).
+        as_llama: write the llama that a mistral or qwen2 without a window is, whose layers can have biases;
+            nemotron-nas and gguf always do.
         untie: give the head weights of its own where the embeddings have to take a constant.
         max_shard_size: the size at which files of weights are split, such as 5GB.
+        gguf_type: of the matrices in a GGUF file: f32, f16, bf16 or q8_0; the model's own if not given.
+        license: the unpruned model's, for the model card, as the hub names it; known of embedded models.
+        evaluation: evaluation.json of `depthprune evaluate`, whose losses the model card shows.
+        push_to_hub: upload the folder under this name, owner/name.
+        private: whether only the owner sees it there.
         text: the text for the comparison; its fit role is used.
         sequences: how many sequences are compared.
         sequence_length: tokens of the longest one.
@@ -46,11 +70,14 @@ def export(
         revision: branch, tag or commit on the hub.
     """
     output = str(check_new_folder(output))
+    figures = None if evaluation is None else read_json(evaluation, "an evaluation's results")
     causal_lm, tokenizer = load(model, dtype=dtype, revision=revision)
     data = one_text(model, text, sequence_length, sequences, shares, revision, calibration_sequences=sequences)
-    print(f"Writing {model} as {format}, and opening it in a process of its own.", flush=True)
+    proving = "" if format == "gguf" else ", and opening it in a process of its own"
+    print(f"Writing {model} as {format}{proving}.", flush=True)
     batch = padded_texts(next(iter(data.calibration_dataloader())))
-    about = export_model(causal_lm, tokenizer, output, batch, format, as_llama, untie, max_shard_size)
+    settings = Settings(as_llama, untie, max_shard_size, gguf_type)
+    about = export_model(causal_lm, tokenizer, output, batch, format, settings, CardData(license, figures))
     for site, key in about["folded"].items():
         print(f"The constant of {site} is in {key}.")
     if about["untied_bytes"]:
@@ -61,8 +88,13 @@ def export(
         + (f" of {sizes['unpruned'] / 1e6:.1f}M" if sizes["unpruned"] else "")
         + f". Cache: {cache['exported']:,.0f} of {cache['unpruned']:,.0f} bytes per token."
     )
-    print(
-        f"The same model: logits differ by up to {proof['logits_difference']:.1e} on {proof['tokens']} tokens, and "
-        f"{proof['generated_alike']:.0%} of the texts that it writes are the same."
-    )
-    print(f"Wrote {output} ({EXPORT_FILE} has the figures): open it with AutoModelForCausalLM.from_pretrained.")
+    if proof["kind"] == "structure":
+        print("The file holds the model's weights; no engine ran it here.")
+    else:
+        print(
+            f"The same model: logits differ by up to {proof['logits_difference']:.1e} on {proof['tokens']} tokens, and "
+            f"{proof['generated_alike']:.0%} of the texts that it writes are the same."
+        )
+    print(f"Wrote {output} ({EXPORT_FILE} has the figures): {OPENED_BY[format]}.")
+    if push_to_hub is not None:
+        print(f"Uploaded it to {push(Path(output), push_to_hub, private)}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from depthprune.anatomy import Anatomy, pruning_record
 from depthprune.export.folding import Fold, filled_blocks, folds, hollow_sites
 from depthprune.export.llama import llama_config
+from depthprune.export.per_layer import skipping
 from depthprune.families import renumber
 from depthprune.sites import PruningPlan, Site
 from depthprune.surgery import base_state
@@ -28,20 +29,28 @@ class Draft:
         model: the model; it shares its tensors with the pruned one where they are the same.
         folded: the weight that each constant went into, by the site where it stood.
         untied_bytes: what a head with weights of its own adds to the model; 0 if it needs none.
+        added: what each bias with constants has more than before, ``(D,)``, fp32, once it is rounded to its dtype; by
+            the first site whose constant went there, and zero at the others.
+        is_exact: whether that is so; embeddings in half precision round a constant differently for every token.
+        empty: the attentions and MLPs whose weights are zero, by their numbers in the new model.
     """
 
     model: PreTrainedModel
     folded: dict[Site, str]
     untied_bytes: int
+    added: dict[Site, Tensor]
+    is_exact: bool
+    empty: frozenset[Site]
 
 
-def draft(model: PreTrainedModel, keeps_halves: bool = False, as_llama: bool = False, untie: bool = False) -> Draft:
+def draft(model: PreTrainedModel, halves: str = "refused", as_llama: bool = False, untie: bool = False) -> Draft:
     """Make a model of an architecture that transformers has from a pruned one, which stays as it is.
 
     Args:
         model: the model, pruned for good.
-        keeps_halves: whether a removed attention or MLP beside one that is kept stays, with weights of zero; else it
-            is refused.
+        halves: what becomes of an attention or MLP that was removed and the rest of its block not: ``"refused"``;
+            ``"zero"``, it stays with weights of zero, and a bias of it can hold a constant; ``"left out"``, the same,
+            but no constant goes there, so that a format with a word for its absence can leave it out.
         as_llama: whether to make a llama of it.
         untie: whether the head may get weights of its own, for the embeddings to take a constant.
 
@@ -51,13 +60,13 @@ def draft(model: PreTrainedModel, keeps_halves: bool = False, as_llama: bool = F
     anatomy = Anatomy.of(model)
     places = filled_blocks(anatomy)
     kept = [anatomy.kept_blocks[place] for place in places]
-    halves = [site for site in hollow_sites(anatomy) if site.kind != "block" and site.index in kept]
-    if halves and not keeps_halves:
+    gone = [site for site in hollow_sites(anatomy) if site.kind != "block" and site.index in kept]
+    if gone and halves == "refused":
         raise ValueError(
-            f"{halves[0]} was removed and the rest of its block was not, which a plain {model.config.model_type} has "
+            f"{gone[0]} was removed and the rest of its block was not, which a plain {model.config.model_type} has "
             "no form for: choose the format compatible, or keep what depthprune.save wrote."
         )
-    constants = folds(anatomy, keeps_halves)
+    constants = folds(anatomy, halves == "zero")
     config = _config(anatomy, places)
     if as_llama:
         config = llama_config(config, anatomy.family)
@@ -68,19 +77,46 @@ def draft(model: PreTrainedModel, keeps_halves: bool = False, as_llama: bool = F
         target = _empty(_with_biases(config, anatomy, constants), model)
     state = _state(anatomy, places, target)
     folded: dict[Site, str] = {}
-    added: dict[str, Tensor] = {}
     for fold in constants:
         keys = _keys(target, kept, fold) if fold.into else [_first_key(anatomy)]
         if not keys:
             raise ValueError(_no_bias(anatomy, fold, as_llama))
         folded[fold.site] = keys[0]
-        added[keys[0]] = added.get(keys[0], 0) + fold.constant
-    for key, constant in added.items():  # rounded once, however many go into it
-        state[key] = (state[key].float() + constant.to(state[key].device)).to(state[key].dtype)
+    added, is_exact = _add(state, constants, folded)
     target.load_state_dict(state, strict=False, assign=True)
     target.tie_weights()
     target.generation_config = copy.deepcopy(model.generation_config)
-    return Draft(target.eval(), folded, untied_bytes)
+    places_of = {index: place for place, index in enumerate(kept)}
+    empty = frozenset(Site(places_of[site.index], site.kind) for site in gone)
+    made = Anatomy(target, anatomy.family, tuple(range(len(kept))), frozenset())
+    silent = [site for site in empty if not any(map(_is_heard, made.chain(site)))]
+    if silent:
+        target.config.per_layer_config = skipping(silent)
+    return Draft(target.eval(), folded, untied_bytes, added, is_exact, empty)
+
+
+def _is_heard(module: nn.Module) -> bool:
+    """Whether a module of an empty half adds anything: a constant that went into its bias."""
+    return any(bool(parameter.any()) for parameter in module.parameters())
+
+
+def _add(
+    state: dict[str, Tensor], constants: Sequence[Fold], folded: Mapping[Site, str]
+) -> tuple[dict[Site, Tensor], bool]:
+    """Add constants to weights, rounded once however many go into one (see :class:`Draft` for what is returned)."""
+    added: dict[Site, Tensor] = {}
+    is_exact = True
+    for key in dict.fromkeys(folded.values()):
+        here = [fold for fold in constants if folded[fold.site] == key]
+        before, constant = state[key].float(), torch.stack([fold.constant for fold in here]).sum(0)
+        state[key] = (before + constant.to(before.device)).to(state[key].dtype)
+        if before.dim() == 1:
+            added |= {fold.site: torch.zeros_like(constant) for fold in here}
+            added[here[0].site] = (state[key].float() - before).cpu()
+        else:
+            added |= {fold.site: fold.constant for fold in here}
+            is_exact &= state[key].dtype == torch.float32
+    return added, is_exact
 
 
 def _config(anatomy: Anatomy, places: Sequence[int]) -> PreTrainedConfig:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from depthprune.anatomy import pruning_record
-from depthprune.export.draft import Draft, draft
-from depthprune.export.proof import Proof, prove
+from depthprune.export.card import CardData, write_card
+from depthprune.export.formats import Settings, Written, write
+from depthprune.export.proof import TOLERANCE, prove
 from depthprune.export.table import FORMATS
 from depthprune.files import whole_folder, write_json
 from depthprune.head import Batch
@@ -21,6 +23,9 @@ from depthprune.surgery import open_slots
 
 EXPORT_VERSION = 1
 EXPORT_FILE = "export.json"
+WEIGHTS = ("*.safetensors", "*.gguf")
+DEFAULT = Settings()
+NO_DATA = CardData()
 
 
 def export(
@@ -29,21 +34,19 @@ def export(
     folder: Path | str,
     batch: Batch,
     format: str = "plain",
-    as_llama: bool = False,
-    untie: bool = False,
-    max_shard_size: str = "5GB",
+    settings: Settings = DEFAULT,
+    card: CardData = NO_DATA,
 ) -> dict[str, Any]:
     """Write a pruned model in a form that other engines open, and check in a fresh process that it is the same model.
 
     Args:
         model: the model, pruned for good; left as it is.
-        tokenizer: saved beside it, if given.
+        tokenizer: saved beside it, if given; in a GGUF file it is a part.
         folder: a folder that does not exist yet or is empty.
         batch: real text for the check, ``input_ids`` and ``attention_mask``, ``(B, T)``, padded on the left.
         format: a name from :data:`depthprune.export.table.FORMATS`.
-        as_llama: whether to write the llama that a mistral or qwen2 is.
-        untie: whether the head may get weights of its own, for the embeddings to take a constant.
-        max_shard_size: the size at which files of weights are split.
+        settings: how it is written.
+        card: what the model card says beyond what the model itself tells.
 
     Returns:
         What is written to ``export.json``: the form, where constants went, sizes before and after, and the proof.
@@ -56,47 +59,61 @@ def export(
     record = pruning_record(model)
     if record is None or open_slots(model):
         raise ValueError("Nothing was removed from the model for good: make a pruned one with `depthprune prune`.")
-    made = draft(model, format == "compatible", as_llama, untie)
     plan = PruningPlan.from_dict(record["plan"])
     with whole_folder(folder) as partial:
-        made.model.save_pretrained(partial, max_shard_size=max_shard_size)
-        if tokenizer is not None:
+        written = write(model, tokenizer, partial, format, settings)
+        if tokenizer is not None and format != "gguf":
             tokenizer.save_pretrained(partial)
         plan.save(partial / PLAN_FILE)
-        proof = prove(model, partial, batch)
-        if not proof.holds(model.dtype):
-            raise ValueError(
-                f"The exported model is not the same as the one in memory: logits differ by up to "
-                f"{proof.logits_difference:.2g}, and {1 - proof.generated_alike:.0%} of the texts it writes. Nothing "
-                "is kept; please report it with the plan."
-            )
-        about = _about(model, made, format, record, partial, proof)
+        about = _about(model, written, format, record, partial, _proof(model, partial, batch, written))
         write_json(partial / EXPORT_FILE, about)
+        write_card(partial, about, record["unpruned"].get("name"), card)
     return about
 
 
+def _proof(model: PreTrainedModel, folder: Path, batch: Batch, written: Written) -> dict[str, Any]:
+    """What shows that a folder is the model.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if written.proof is not None:
+        return written.proof
+    proof = prove(model, folder, batch, written.added)
+    if not proof.holds(TOLERANCE if written.is_exact else torch.finfo(model.dtype).eps):
+        raise ValueError(
+            f"The exported model is not the same as the one in memory: logits differ by up to "
+            f"{proof.logits_difference:.2g}, and {1 - proof.generated_alike:.0%} of the texts it writes. Nothing "
+            "is kept; please report it with the plan."
+        )
+    return {"kind": "reopened", **proof.to_dict()}
+
+
 def _about(
-    model: PreTrainedModel, made: Draft, format: str, record: dict[str, Any], folder: Path, proof: Proof
+    model: PreTrainedModel, written: Written, format: str, record: dict[str, Any], folder: Path, proof: dict[str, Any]
 ) -> dict[str, Any]:
     """What is written down beside an exported model."""
-    number = made.model.dtype.itemsize
-    attention = max(proof.cache_numbers) * number
+    config, number = model.config, model.dtype.itemsize
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 2 * heads * width  # numbers of keys and values of a token
+    cache = sum(proof["cache_numbers"]) if written.attentions is None else attention * written.attentions
     return {
         "depthprune_export": EXPORT_VERSION,
         "format": format,
-        "model_type": made.model.config.model_type,
+        "model_type": written.model_type,
         "plan": record["plan"],
-        "folded": {str(site): key for site, key in made.folded.items()},
-        "untied_bytes": made.untied_bytes,
+        "folded": {str(site): key for site, key in written.folded.items()},
+        "untied_bytes": written.untied_bytes,
         "parameters": {
             "unpruned": record["unpruned"].get("parameters"),
-            "exported": sum(parameter.numel() for parameter in made.model.parameters()),
+            "exported": written.parameters,
         },
-        "weight_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        "weight_bytes": sum(file.stat().st_size for name in WEIGHTS for file in folder.glob(name)),
         "cache_bytes_per_token": {
-            "unpruned": attention * record["unpruned"]["architecture"]["num_hidden_layers"],
-            "exported": sum(proof.cache_numbers) * number,
+            "unpruned": attention * number * record["unpruned"]["architecture"]["num_hidden_layers"],
+            "exported": cache * number,
         },
-        "proof": {"kind": "reopened", **proof.to_dict()},
+        "proof": proof,
         **origin(),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -11,23 +12,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from depthprune.anatomy import Anatomy
 from depthprune.export import reopen
-from depthprune.export.folding import constant_of
 from depthprune.head import Batch
 from depthprune.replacements.base import Replacement
 from depthprune.replacements.constants import EmulatedUpdate
-from depthprune.replacements.maps import MapReplacement
-from depthprune.surgery import Slot, slots
+from depthprune.sites import Site
+from depthprune.surgery import Slot
 
 TOLERANCE = 1e-5
-"""The largest difference in logits of a model whose weights are in fp32, over the largest logit if that is above 1.
+"""The largest difference in logits, over the largest logit if that is above 1.
 
-Both models run in fp32, which adds up the same numbers in another order where a constant was folded.
+Both models run in fp32 with the same weights, which adds up the same numbers in another order where a constant was
+folded.
 """
 NEW_TOKENS = 24
 """Tokens that are written with the cache."""
@@ -53,33 +54,29 @@ class Proof:
     generated_alike: float
     cache_numbers: list[float]
 
-    def holds(self, dtype: torch.dtype) -> bool:
-        """Whether the folder is the model, up to the rounding of weights in this dtype.
-
-        Constants in half precision are rounded once where they are folded, and one by one in the model in memory.
-        """
-        share = TOLERANCE if dtype == torch.float32 else torch.finfo(dtype).eps
-        alike = self.generated_alike == 1 or dtype != torch.float32
-        return self.logits_difference <= share * max(1.0, self.largest_logit) and alike
+    def holds(self, share: float = TOLERANCE) -> bool:
+        """Whether the folder is the model: logits as close as a share of the largest, or of 1, and the same text."""
+        return self.logits_difference <= share * max(1.0, self.largest_logit) and self.generated_alike == 1
 
     def to_dict(self) -> dict[str, Any]:
         """The proof as plain data."""
         return asdict(self)
 
 
-def prove(model: PreTrainedModel, folder: Path, batch: Batch) -> Proof:
+def prove(model: PreTrainedModel, folder: Path, batch: Batch, added: Mapping[Site, Tensor]) -> Proof:
     """Compare an exported folder with the model that it was made from.
 
     Args:
         model: the model in memory; while it is asked, its weights are in fp32.
         folder: the folder.
         batch: real text, ``input_ids`` and ``attention_mask``, ``(B, T)``, padded on the left.
+        added: the constants ``(D,)`` that stand in sites while it is asked: those that the folder has, once rounded.
 
     Raises:
         ValueError: the folder does not open.
     """
     inputs = {name: batch[name].contiguous() for name in ("input_ids", "attention_mask")}
-    with _in_float32(model):
+    with _in_float32(model, added):
         device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         wanted = {name: tensor.cpu() for name, tensor in reopen.behaviour(model, device, NEW_TOKENS).items()}
     found = _reopened(folder, inputs)
@@ -102,7 +99,8 @@ def _reopened(folder: Path, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         asked, told = Path(place) / "inputs.safetensors", Path(place) / "outputs.safetensors"
         save_file(dict(inputs), asked)
         command = [sys.executable, "-I", reopen.__file__, str(folder), str(asked), str(told), str(NEW_TOKENS)]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        own_cache = {**os.environ, "HF_MODULES_CACHE": place}  # where transformers copies modelling files to
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, env=own_cache)
         if ended.returncode:
             last = (ended.stderr.strip() or "no message").splitlines()[-1]
             raise ValueError(f"The exported model does not open in a process of its own ({last}): nothing is kept.")
@@ -110,19 +108,20 @@ def _reopened(folder: Path, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """A model whose base weights, and constants as they are added, are in fp32 for the length of a block."""
+def _in_float32(model: PreTrainedModel, added: Mapping[Site, Tensor]) -> Iterator[None]:
+    """A model whose base weights are in fp32, and in which other constants stand, for the length of a block."""
+    anatomy = Anatomy.of(model)
     before = [(tensor, tensor.dtype) for name, tensor in model.named_parameters() if ".replacement." not in name]
     constants: list[tuple[Slot, Replacement]] = []
     try:
-        for slot in slots(model).values():
+        for site, constant in added.items():
+            slot: Any = anatomy.chain(site)[0]
+            assert isinstance(slot, Slot)
             old = slot.replacement
-            if isinstance(old, Replacement) and not isinstance(old, MapReplacement):
-                rounded = constant_of(old).to(model.dtype).float()
-                new = EmulatedUpdate(len(rounded)).to(old.mean.device)
-                new.calibrate(rounded)
-                constants.append((slot, old))
-                slot.replacement = new
+            assert isinstance(old, Replacement)
+            constants.append((slot, old))
+            slot.replacement = EmulatedUpdate(len(constant)).to(old.mean.device)
+            slot.replacement.calibrate(constant)
         for tensor, _ in before:
             tensor.data = tensor.data.float()
         yield

@@ -5,6 +5,7 @@ python -I reopen.py FOLDER INPUTS OUTPUTS NEW_TOKENS
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ def main(folder: str, inputs: str, outputs: str, new_tokens: str) -> None:
             each layer of the cache holds for a token.
         new_tokens: N.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    has_code = any(Path(folder).glob("*.py"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=has_code).eval()
     save_file(behaviour(model, load_file(inputs), int(new_tokens)), outputs)
 
 

@@ -12,6 +12,9 @@ REFUSED = "refused"
 FORMATS = {
     "plain": "The architecture's own folder, with fewer blocks.",
     "compatible": "The architecture's own folder; removed attentions and MLPs stay with weights of zero.",
+    "custom-code": "A folder with a modelling file of its own; nothing of the removed sites is left.",
+    "nemotron-nas": "A llama whose config names absent attentions and MLPs, for vLLM, SGLang and TensorRT-LLM.",
+    "gguf": "A llama as one file for llama.cpp.",
 }
 """Every format by name."""
 
@@ -51,9 +54,19 @@ ATTENTION_BIAS = ("qwen3", "qwen3_moe")
 NO_BIAS = ("phi3", "mixtral")
 NORM_BEHIND = ("gemma2", "gemma3_text", "olmo2")
 PLACELESS = "its architecture has no place for a map"
+OTHERS = tuple(name for name in ALL if name not in ("llama", *LLAMAS))
+LLAMA_FORMATS = ("nemotron-nas", "gguf")
+NO_LLAMA = "a format of llamas"
 BIASLESS = "no layer that writes to the stream has a bias"
 
 TABLE = (
+    Row(ALL, ("block", "attention", "mlp"), STANDING, ("custom-code",), EXACT),
+    Row(OTHERS, ("block", "attention", "mlp"), STANDING, LLAMA_FORMATS, REFUSED, NO_LLAMA),
+    Row(("llama",), ("block", "attention", "mlp"), ("none",), LLAMA_FORMATS, EXACT),
+    Row(("llama",), ("block", "attention", "mlp"), ("constant",), LLAMA_FORMATS, EXACT, "a bias before the site"),
+    Row(LLAMAS, ("block", "attention", "mlp"), ("none",), LLAMA_FORMATS, AS_LLAMA),
+    Row(LLAMAS, ("block", "attention", "mlp"), ("constant",), LLAMA_FORMATS, AS_LLAMA, "a bias before the site"),
+    Row(("llama", *LLAMAS), ("block", "attention", "mlp"), ("map",), LLAMA_FORMATS, REFUSED, PLACELESS),
     Row(ALL, ("block",), ("none",), ("plain", "compatible"), EXACT),
     Row(ALL, ("attention", "mlp"), ("none",), ("plain",), REFUSED, "a block without its half is no block of it"),
     Row(ALL, ("attention", "mlp"), ("none",), ("compatible",), EXACT, "weights of zero"),

@@ -46,6 +46,15 @@ class MapReplacement(Replacement, ABC):
     def singular_values(self) -> Tensor:
         """Those of the map's matrix, the largest first: ``(D,)``, of a map of rank r ``(r,)``; fp64."""
 
+    @abstractmethod
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What is computed: ``constant + up down (features - read_mean)``.
+
+        Returns:
+            The constant ``(D,)``, up ``(D, r)`` or, if the map is a single matrix, None, and down ``(r, F)``, of a
+            single matrix ``(D, F)``.
+        """
+
 
 class Linear(MapReplacement):
     """A trainable affine map of the read, ``W (read - read_mean) + b``; ``W`` starts at zero or solved.
@@ -79,6 +88,10 @@ class Linear(MapReplacement):
     def singular_values(self) -> Tensor:
         """See :meth:`MapReplacement.singular_values`."""
         return torch.linalg.svdvals(whole(self.map.weight).double())
+
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """See :meth:`MapReplacement.parts`."""
+        return self.map.bias, None, self.map.weight
 
     def forward(self, read: Tensor) -> Tensor:
         """Map read ``(B, T, D)`` to update ``(B, T, D)``."""
@@ -147,6 +160,10 @@ class LowRankAdapter(MapReplacement):
         sides = whole(self.up.weight), whole(self.down.weight).T
         upper, lower = (torch.linalg.qr(side.double())[1] for side in sides)
         return abs(self.scaling) * torch.linalg.svdvals(upper @ lower.T)
+
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """See :meth:`MapReplacement.parts`."""
+        return self.constant, self.scaling * self.up.weight, self.down.weight
 
     def forward(self, read: Tensor) -> Tensor:
         """Map read ``(B, T, D)`` to update ``(B, T, D)``."""

@@ -1,0 +1,175 @@
+"""The model card of an exported folder, with the hub's metadata, and the folder's way to the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+from depthprune.embedded_catalogue import MODELS
+from depthprune.evaluation.domains import DomainLoss
+from depthprune.evaluation.opened import UNPRUNED
+from depthprune.report.markdown import escaped, table
+from depthprune.sites import PruningPlan
+
+CARD = "README.md"
+LOADING = {
+    "plain": "AutoModelForCausalLM.from_pretrained(FOLDER)",
+    "compatible": "AutoModelForCausalLM.from_pretrained(FOLDER)",
+    "custom-code": "AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
+    "nemotron-nas": "AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
+}
+
+
+@dataclass(frozen=True)
+class CardData:
+    """What a card says beyond what the model itself tells.
+
+    Attributes:
+        license: of the model that it came from, as the hub names it; of an embedded model it is known.
+        evaluation: results of ``depthprune evaluate`` whose figures the card shows.
+    """
+
+    license: str | None = None
+    evaluation: Mapping[str, Any] | None = None
+
+
+def write_card(folder: Path, about: Mapping[str, Any], name: str | None, data: CardData) -> None:
+    """Write ``README.md`` into an exported folder.
+
+    Args:
+        folder: the folder.
+        about: of its ``export.json``.
+        name: of the model that it came from: an embedded name or a hub name.
+        data: what else it says.
+
+    Raises:
+        ValueError: the evaluation holds no unpruned model, or no other.
+    """
+    embedded = MODELS.get(name or "")
+    base = embedded.hub_name if embedded else name
+    license = data.license or (embedded.licence.lower() if embedded else None)
+    metadata = ModelCardData(
+        base_model=base or None,
+        license=license,
+        library_name="gguf" if about["format"] == "gguf" else "transformers",
+        pipeline_tag="text-generation",
+        tags=["depthprune", "depth-pruning", "pruned"],
+    )
+    content = f"---\n{metadata.to_yaml()}\n---\n\n{_text(about, base, embedded is not None, data.evaluation)}"
+    ModelCard(content, ignore_metadata_errors=True).save(folder / CARD)
+
+
+def _text(about: Mapping[str, Any], base: str | None, is_embedded: bool, evaluation: Mapping[str, Any] | None) -> str:
+    plan = PruningPlan.from_dict(about["plan"])
+    sizes, cache, proof = about["parameters"], about["cache_bytes_per_token"], about["proof"]
+    source = f"`{base}`" if base else "a causal language model"
+    if is_embedded:
+        source += " (dequantised from Q4_1)"
+    parts = [
+        f"# {base.rpartition('/')[2] if base else 'A model'} without {_gone(plan)}",
+        f"Made from {source} by depthprune, which removes depth from a pretrained model (arXiv 2407.16286).",
+        "## What was removed",
+        table(
+            ["sites", "in their place"],
+            [[", ".join(map(str, removal.sites)), _standing(removal)] for removal in plan.removals],
+            words=2,
+        ),
+        "## What it takes",
+        table(
+            ["", "this model", "unpruned"],
+            [
+                ["parameters", f"{sizes['exported']:,}", f"{sizes['unpruned']:,}" if sizes["unpruned"] else "–"],
+                ["bytes of the weights", f"{about['weight_bytes']:,}", "–"],
+                ["bytes of the cache per token", f"{cache['exported']:,.0f}", f"{cache['unpruned']:,.0f}"],
+            ],
+        ),
+    ]
+    if evaluation is not None:
+        parts += ["## What it can do", *_figures(evaluation)]
+    parts += ["## How to load it", _loading(about), _proof(about["format"], proof)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _gone(plan: PruningPlan) -> str:
+    counts = {kind: sum(site.kind == kind for site in plan.sites) for kind in ("block", "attention", "mlp")}
+    names = {"block": "blocks", "attention": "attentions", "mlp": "MLPs"}
+    return " and ".join(
+        f"{count} {names[kind] if count > 1 else names[kind][:-1]}" for kind, count in counts.items() if count
+    )
+
+
+def _standing(removal: Any) -> str:
+    options = ", ".join(f"{name} {value}" for name, value in removal.options.items())
+    what = "nothing" if removal.is_bare else removal.replacement.replace("_", " ")
+    return escaped(f"{what} ({options})" if options else what)
+
+
+def _figures(evaluation: Mapping[str, Any]) -> list[str]:
+    """Losses on texts of every model of an evaluation beside the unpruned one."""
+    variants = evaluation.get("variants", {})
+    if UNPRUNED not in variants or len(variants) < 2:
+        raise ValueError("The evaluation for the card needs the unpruned model and another one in it.")
+    rows = []
+    for domain, sums in variants[UNPRUNED]["domains"].items():
+        base = DomainLoss.from_dict(sums)
+        for name, measured in variants.items():
+            if name != UNPRUNED:
+                gap = DomainLoss.from_dict(measured["domains"][domain]).minus(base)
+                shown = f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
+                rows.append([escaped(domain), escaped(name), f"{base.loss:.3f}", shown])
+    return [
+        "Loss on held-out text in nats per token, with the 95 % interval of the difference.",
+        table(["text", "model", "unpruned", "above it"], rows, words=2),
+    ]
+
+
+def _loading(about: Mapping[str, Any]) -> str:
+    if about["format"] == "gguf":
+        return "```\nllama-cli -m model.gguf\n```"
+    code = "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    code += f"model = {LOADING[about['format']]}\ntokenizer = AutoTokenizer.from_pretrained(FOLDER)\n```"
+    if about["format"] == "nemotron-nas":
+        code += "\n\n```\nvllm serve FOLDER --trust-remote-code\n```"
+    return code
+
+
+def _proof(format: str, proof: Mapping[str, Any]) -> str:
+    if proof["kind"] == "structure":
+        return "The file was checked tensor by tensor; no engine ran it where it was made."
+    return (
+        f"Opened anew, its logits differ from those of the model that it was made from by up to "
+        f"{proof['logits_difference']:.1e} on {proof['tokens']} tokens (the largest is {proof['largest_logit']:.0f}), "
+        f"and {proof['generated_alike']:.0%} of the texts that both write are the same."
+    )
+
+
+def push(folder: Path, repository: str, is_private: bool) -> str:
+    """Upload an exported folder to the hub.
+
+    Args:
+        folder: the folder.
+        repository: ``owner/name``.
+        is_private: whether only its owner sees it.
+
+    Returns:
+        Its address.
+
+    Raises:
+        ValueError: the hub cannot be reached or refuses; the folder stays.
+    """
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, private=is_private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Exported by depthprune")
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"{folder} could not be uploaded to {repository} ({reason}): it is complete all the same; log in with "
+            f"`hf auth login` and run `hf upload {repository} {folder}`."
+        ) from error
+    return str(address)

@@ -1,0 +1,117 @@
+"""A pruned model written in one of the formats, before it is proven."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from depthprune.anatomy import Anatomy
+from depthprune.export.custom_code import write_custom_code
+from depthprune.export.draft import Draft, draft
+from depthprune.export.gguf_file import GGUF, ROUNDING, attentions, largest_difference, tensors_of, write_gguf
+from depthprune.export.llama import check_llama
+from depthprune.export.nemotron_nas import write_nemotron_nas
+from depthprune.export.table import LLAMA_FORMATS
+from depthprune.loading import CUSTOM_CODE_PREFIX
+from depthprune.sites import Site
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is written.
+
+    Attributes:
+        as_llama: whether to write the llama that a mistral or qwen2 is; formats of llamas always do.
+        untie: whether the head may get weights of its own, for the embeddings to take a constant.
+        max_shard_size: the size at which files of weights are split.
+        gguf_type: of the matrices in a GGUF file (see :data:`depthprune.export.gguf_file.WEIGHT_TYPES`); that of the
+            model if not given.
+    """
+
+    as_llama: bool = False
+    untie: bool = False
+    max_shard_size: str = "5GB"
+    gguf_type: str | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written, whatever the format.
+
+    Attributes:
+        model_type: of its config.
+        parameters: how many it has.
+        folded, untied_bytes, added, is_exact: see :class:`~depthprune.export.draft.Draft`.
+        proof: what is known already, where the folder is nothing that transformers opens.
+        attentions: how many of its attentions have keys and values; None where the proof counts them.
+    """
+
+    model_type: str
+    parameters: int
+    folded: Mapping[Site, str] = field(default_factory=dict)
+    untied_bytes: int = 0
+    added: Mapping[Site, Tensor] = field(default_factory=dict)
+    is_exact: bool = True
+    proof: dict[str, Any] | None = None
+    attentions: int | None = None
+
+
+def write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, format: str, settings: Settings
+) -> Written:
+    """Write a pruned model, without its tokenizer unless that is part of the format.
+
+    Args:
+        model: the model, pruned for good; left as it is.
+        tokenizer: its tokenizer.
+        folder: where to.
+        format: a name from :data:`depthprune.export.table.FORMATS`.
+        settings: how.
+
+    Raises:
+        ValueError: the model has no such form.
+    """
+    family = Anatomy.of(model).family
+    if format != "gguf" and settings.gguf_type is not None:
+        raise ValueError(f"gguf_type is for GGUF files, and the format is {format}: leave it out, or choose gguf.")
+    if format == "custom-code":
+        if settings.as_llama or settings.untie:
+            raise ValueError(
+                "as_llama and untie are for constants that are folded, which custom-code does not need: leave them out."
+            )
+        count = write_custom_code(model, folder, settings.max_shard_size)
+        return Written(CUSTOM_CODE_PREFIX + model.config.model_type, count)
+    if format in LLAMA_FORMATS:
+        check_llama(model.config, family, format)
+        made = draft(model, "left out", family.as_llama is not None or settings.as_llama, settings.untie)
+        if format == "gguf":
+            own = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}[model.dtype]
+            return _gguf(made, tokenizer, folder / GGUF, settings.gguf_type or own)
+        return _written("nemotron-nas", write_nemotron_nas(made, folder, settings.max_shard_size), made)
+    made = draft(model, "zero" if format == "compatible" else "refused", settings.as_llama, settings.untie)
+    made.model.save_pretrained(folder, max_shard_size=settings.max_shard_size)
+    count = sum(parameter.numel() for parameter in made.model.parameters())
+    return _written(made.model.config.model_type, count, made)
+
+
+def _gguf(made: Draft, tokenizer: PreTrainedTokenizerBase | None, path: Path, gguf_type: str) -> Written:
+    write_gguf(made, tokenizer, path, gguf_type)
+    difference = largest_difference(path, made)
+    if difference > ROUNDING[gguf_type]:
+        raise ValueError(
+            f"The GGUF file does not hold the model's weights: they differ by up to {difference:.2g} of a tensor's "
+            "largest. Nothing is kept; please report it with the plan."
+        )
+    count = sum(tensor.numel() for _, tensor in tensors_of(made))
+    proof = {"kind": "structure", "weights_difference": difference}
+    return replace(_written("deci" if made.empty else "llama", count, made), proof=proof, attentions=attentions(made))
+
+
+def _written(model_type: str, count: int, made: Draft) -> Written:
+    return Written(model_type, count, made.folded, made.untied_bytes, made.added, made.is_exact)
