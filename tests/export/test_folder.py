@@ -18,7 +18,7 @@ from depthprune.export.draft import Draft, draft
 from depthprune.export.proof import Proof
 from depthprune.sites import PruningPlan
 from tests.command_line import LENGTH, Workshop, refusal, run
-from tests.tiny_models import BLOCKS, calibration
+from tests.tiny_models import BLOCKS, calibration, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -192,3 +192,13 @@ def test_refusals(workshop: Workshop, pruned: Path, mapped: Path, tmp_path: Path
     (tmp_path / "full" / "file").touch()
     assert "is not empty" in refusal(*command(workshop, pruned, tmp_path / "full"))
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+def test_the_cache_is_counted_before_any_window(family: str, tmp_path: Path) -> None:
+    model = dp.prune(tiny_model(family), PruningPlan.of("attention.1", "block.3"))
+    about = folders.export(model, None, tmp_path / "out", tiny_batch("left"), "custom-code")
+    heads = {"gemma2": 2, "gpt2": 4}[family]
+    attention = 2 * heads * 8 * 4
+    assert about["cache_bytes_per_token"]["unpruned"] == BLOCKS * attention
+    assert 0 <= (BLOCKS - 2) * attention + 2 * 4 - about["cache_bytes_per_token"]["exported"] < 2 * 4

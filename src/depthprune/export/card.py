@@ -17,12 +17,7 @@ from depthprune.report.markdown import escaped, table
 from depthprune.sites import PruningPlan
 
 CARD = "README.md"
-LOADING = {
-    "plain": "AutoModelForCausalLM.from_pretrained(FOLDER)",
-    "compatible": "AutoModelForCausalLM.from_pretrained(FOLDER)",
-    "custom-code": "AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
-    "nemotron-nas": "AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)",
-}
+HAVE_CODE = ("custom-code", "nemotron-nas")  # formats whose folders have a modelling file
 
 
 @dataclass(frozen=True)
@@ -131,8 +126,10 @@ def _figures(evaluation: Mapping[str, Any]) -> list[str]:
 def _loading(about: Mapping[str, Any]) -> str:
     if about["format"] == "gguf":
         return "```\nllama-cli -m model.gguf\n```"
+    arguments = "FOLDER, trust_remote_code=True" if about["format"] in HAVE_CODE else "FOLDER"
     code = "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-    code += f"model = {LOADING[about['format']]}\ntokenizer = AutoTokenizer.from_pretrained(FOLDER)\n```"
+    code += f"model = AutoModelForCausalLM.from_pretrained({arguments})\n"
+    code += f"tokenizer = AutoTokenizer.from_pretrained({arguments})\n```"
     if about["format"] == "nemotron-nas":
         code += "\n\n```\nvllm serve FOLDER --trust-remote-code\n```"
     return code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from depthprune.surgery import open_slots
 EXPORT_VERSION = 1
 EXPORT_FILE = "export.json"
 WEIGHTS = ("*.safetensors", "*.gguf")
+PLACEHOLDER = 2  # numbers that stand for a token where an attention is gone
 DEFAULT = Settings()
 NO_DATA = CardData()
 
@@ -93,11 +95,8 @@ def _about(
     model: PreTrainedModel, written: Written, format: str, record: dict[str, Any], folder: Path, proof: dict[str, Any]
 ) -> dict[str, Any]:
     """What is written down beside an exported model."""
-    config, number = model.config, model.dtype.itemsize
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 2 * heads * width  # numbers of keys and values of a token
-    cache = sum(proof["cache_numbers"]) if written.attentions is None else attention * written.attentions
+    number = model.dtype.itemsize
+    unpruned, exported = _cache_numbers(model, written, record, proof.get("cache_numbers", []))
     return {
         "depthprune_export": EXPORT_VERSION,
         "format": format,
@@ -111,9 +110,33 @@ def _about(
         },
         "weight_bytes": sum(file.stat().st_size for name in WEIGHTS for file in folder.glob(name)),
         "cache_bytes_per_token": {
-            "unpruned": attention * number * record["unpruned"]["architecture"]["num_hidden_layers"],
-            "exported": cache * number,
+            "unpruned": unpruned * number,
+            "exported": exported * number,
         },
         "proof": proof,
         **origin(),
     }
+
+
+def _cache_numbers(
+    model: PreTrainedModel, written: Written, record: dict[str, Any], found: Sequence[float]
+) -> tuple[float, float]:
+    """How many numbers the cache of the unpruned and of the exported model holds for a token, before any window.
+
+    Args:
+        model: the pruned model.
+        written: what was written.
+        record: of the pruning.
+        found: what each layer of the exported model's cache held for a token, on average; a layer with a window less.
+    """
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = max(found, default=0.0)
+    if attention <= PLACEHOLDER:  # no attention is left, or nothing was run
+        attention = 2 * heads * width
+    if written.attentions is None:
+        exported = sum(each if each <= PLACEHOLDER else attention for each in found)
+    else:
+        exported = attention * written.attentions
+    return attention * record["unpruned"]["architecture"]["num_hidden_layers"], exported
