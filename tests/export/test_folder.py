@@ -95,6 +95,15 @@ def test_without_a_hub_the_folder_stays(workshop: Workshop, pruned: Path, tmp_pa
     AutoModelForCausalLM.from_pretrained(tmp_path / "one")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("format", ["plain", "custom-code"])
+def test_half_precision_is_as_strict(workshop: Workshop, pruned: Path, tmp_path: Path, dtype: str, format: str) -> None:
+    assert run(*command(workshop, pruned, tmp_path / "half", "--dtype", dtype, "--format", format)) == 0
+    proof = json.loads((tmp_path / "half" / "export.json").read_text())["proof"]
+    assert proof["logits_difference"] < 1e-5
+    assert proof["generated_alike"] == 1
+
+
 def test_in_shards(workshop: Workshop, pruned: Path, tmp_path: Path) -> None:
     assert run(*command(workshop, pruned, tmp_path / "one", "--max_shard_size", "30KB")) == 0
     assert len(list((tmp_path / "one").glob("*.safetensors"))) > 2
