@@ -95,8 +95,7 @@ def test_without_a_hub_the_folder_stays(workshop: Workshop, pruned: Path, tmp_pa
     AutoModelForCausalLM.from_pretrained(tmp_path / "one")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("format", ["plain", "custom-code"])
+@pytest.mark.parametrize(("dtype", "format"), [("bfloat16", "plain"), ("float16", "custom-code")])
 def test_half_precision_is_as_strict(workshop: Workshop, pruned: Path, tmp_path: Path, dtype: str, format: str) -> None:
     assert run(*command(workshop, pruned, tmp_path / "half", "--dtype", dtype, "--format", format)) == 0
     proof = json.loads((tmp_path / "half" / "export.json").read_text())["proof"]
