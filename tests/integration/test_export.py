@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ HEADS, WIDTH, BLOCKS = 3, 64, 30
 PER_TOKEN = 2 * HEADS * WIDTH * BLOCKS * 4  # bytes of keys and values in fp32
 
 
-def exported(folder: Path, sites: list[str], replacement: list[object], format: str) -> dict[str, Any]:
+def exported(folder: Path, sites: list[str], replacement: Sequence[object], format: str) -> dict[str, Any]:
     """Prune and export; what export.json says."""
     pruning = ["--sites", f"[{', '.join(sites)}]", *replacement, "--sequences", 8, "--sequence_length", 64]
     assert run("prune", "--model", MODEL, *pruning, "--dtype", "float32", "--output", folder / "pruned") == 0
