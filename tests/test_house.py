@@ -51,6 +51,7 @@ LAYERS = [
         "removal",
         "export.table",
         "export.per_layer",
+        "export.coded",
         "export.modeling_depthprune",
         "export.configuration_decilm",
         "export.gguf_tokenizer",

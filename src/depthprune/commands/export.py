@@ -6,21 +6,13 @@ from pathlib import Path
 
 from depthprune.data.module import one_text
 from depthprune.data.text import RoleShares, TextSource
-from depthprune.export.card import CardData, push
+from depthprune.export.card import CARD, CardData, push
 from depthprune.export.folder import EXPORT_FILE
 from depthprune.export.folder import export as export_model
 from depthprune.export.formats import Settings
 from depthprune.export.texts import padded_texts
 from depthprune.files import check_new_folder, read_json
 from depthprune.loading import load
-
-OPENED_BY = {
-    "plain": "open it with AutoModelForCausalLM.from_pretrained",
-    "compatible": "open it with AutoModelForCausalLM.from_pretrained",
-    "custom-code": "open it with AutoModelForCausalLM.from_pretrained and trust_remote_code=True",
-    "nemotron-nas": "vllm serve FOLDER --trust-remote-code, or AutoModelForCausalLM and trust_remote_code=True",
-    "gguf": "llama-cli -m FOLDER/model.gguf",
-}
 
 
 def export(
@@ -95,6 +87,6 @@ def export(
             f"The same model: logits differ by up to {proof['logits_difference']:.1e} on {proof['tokens']} tokens, and "
             f"{proof['generated_alike']:.0%} of the texts that it writes are the same."
         )
-    print(f"Wrote {output} ({EXPORT_FILE} has the figures): {OPENED_BY[format]}.")
+    print(f"Wrote {output}: {EXPORT_FILE} has the figures, and {CARD} says how to open it.")
     if push_to_hub is not None:
         print(f"Uploaded it to {push(Path(output), push_to_hub, private)}.")

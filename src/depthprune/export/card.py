@@ -86,7 +86,7 @@ def _text(about: Mapping[str, Any], base: str | None, is_embedded: bool, evaluat
     ]
     if evaluation is not None:
         parts += ["## What it can do", *_figures(evaluation)]
-    parts += ["## How to load it", _loading(about), _proof(about["format"], proof)]
+    parts += ["## How to load it", _loading(about), _proof(proof)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -135,7 +135,7 @@ def _loading(about: Mapping[str, Any]) -> str:
     return code
 
 
-def _proof(format: str, proof: Mapping[str, Any]) -> str:
+def _proof(proof: Mapping[str, Any]) -> str:
     if proof["kind"] == "structure":
         return "The file was checked tensor by tensor; no engine ran it where it was made."
     return (

@@ -8,15 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from depthprune.anatomy import Anatomy
 from depthprune.export import modeling_depthprune
+from depthprune.export.coded import write_coded
 from depthprune.export.folding import constant_of, hollow_sites
 from depthprune.export.per_layer import skipping
-from depthprune.files import write_json
 from depthprune.loading import CUSTOM_CODE_PREFIX
 from depthprune.replacements.base import Replacement
 from depthprune.replacements.maps import MapReplacement
@@ -38,31 +37,21 @@ def write_custom_code(model: PreTrainedModel, folder: Path, max_shard_size: str)
         How many numbers the weights are.
     """
     sites, state = _removed_sites(model)
-    state |= {key: tensor.detach().contiguous() for key, tensor in base_state(model).items()}
-    for key in model.all_tied_weights_keys:
-        state.pop(key, None)
-    save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
-    code = CODE.read_text(encoding="utf-8")
+    model_type = CUSTOM_CODE_PREFIX + model.config.model_type
+    code = CODE.read_text(encoding="utf-8").replace(f"{CUSTOM_CODE_PREFIX}llama", model_type)
     for old, new in (("LlamaConfig", type(model.config).__name__), ("LlamaForCausalLM", type(model).__name__)):
         code = code.replace(old, new)
-    model_type = CUSTOM_CODE_PREFIX + model.config.model_type
-    (folder / CODE.name).write_text(code.replace(f"{CUSTOM_CODE_PREFIX}llama", model_type), encoding="utf-8")
-    config = model.config.to_dict()
-    config.pop("depthprune")
     auto_map = {"AutoConfig": "PrunedConfig", "AutoModelForCausalLM": "PrunedForCausalLM"}
-    config |= {
+    config: dict[str, Any] = {
         "model_type": model_type,
         "architectures": ["PrunedForCausalLM"],
         "auto_map": {auto: f"{CODE.stem}.{name}" for auto, name in auto_map.items()},
-        "dtype": str(model.dtype).removeprefix("torch."),
         "removed_sites": sites,
     }
     bare = [site for site in sites if site["replacement"] is None and site["kind"] != "block"]
-    skipped = skipping(Site(site["cache_layer"], site["kind"]) for site in bare)
-    config |= {"per_layer_config": skipped} if skipped else {}
-    write_json(folder / "config.json", config)
-    model.generation_config.save_pretrained(folder)
-    return sum(tensor.numel() for tensor in state.values())
+    if bare:
+        config["per_layer_config"] = skipping(Site(site["cache_layer"], site["kind"]) for site in bare)
+    return write_coded(model, folder, base_state(model) | state, config, {CODE.name: code}, max_shard_size)
 
 
 def _removed_sites(model: PreTrainedModel) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:

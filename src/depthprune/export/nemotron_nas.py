@@ -9,13 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from depthprune.export import configuration_decilm, modeling_decilm, modeling_depthprune
+from depthprune.export.coded import write_coded
 from depthprune.export.draft import Draft
 from depthprune.export.per_layer import skipping
-from depthprune.files import write_json
 from depthprune.sites import Site
 
 CODE = tuple(Path(str(module.__file__)) for module in (configuration_decilm, modeling_decilm, modeling_depthprune))
@@ -48,28 +47,19 @@ def write_nemotron_nas(made: Draft, folder: Path, max_shard_size: str) -> int:
             "The first block has no attention, which vLLM does not run in this format: choose custom-code or "
             "compatible."
         )
-    state = _state(made)
-    save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
-    for path in CODE:
-        (folder / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
-    content = config.to_dict()
-    content.pop("depthprune", None)
-    content |= {
+    content: dict[str, Any] = {
         "model_type": "nemotron-nas",
         "architectures": ["DeciLMForCausalLM"],
         "auto_map": {
             "AutoConfig": "configuration_decilm.DeciLMConfig",
             "AutoModelForCausalLM": "modeling_decilm.DeciLMForCausalLM",
         },
-        "dtype": str(made.model.dtype).removeprefix("torch."),
         "block_configs": [_block(made, index) for index in range(config.num_hidden_layers)],
     }
     if made.empty:
         content["per_layer_config"] = skipping(made.empty)
-    write_json(folder / "config.json", content)
-    if made.model.generation_config is not None:
-        made.model.generation_config.save_pretrained(folder)
-    return sum(tensor.numel() for tensor in state.values())
+    code = {path.name: path.read_text(encoding="utf-8") for path in CODE}
+    return write_coded(made.model, folder, _state(made), content, code, max_shard_size)
 
 
 def _block(made: Draft, index: int) -> dict[str, Any]:
@@ -100,9 +90,4 @@ def _state(made: Draft) -> dict[str, Tensor]:
             ("self_attn", "input_layernorm") if site.kind == "attention" else ("mlp", "post_attention_layernorm")
         )
     )
-    tied = set(made.model.all_tied_weights_keys)
-    return {
-        key: tensor.detach().contiguous()
-        for key, tensor in made.model.state_dict().items()
-        if key not in tied and not key.startswith(gone)
-    }
+    return {key: tensor for key, tensor in made.model.state_dict().items() if not key.startswith(gone)}
