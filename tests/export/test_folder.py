@@ -202,6 +202,13 @@ def test_refusals(workshop: Workshop, pruned: Path, mapped: Path, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
+def test_the_proof_is_greedy_whatever_the_model_is_set_to(tmp_path: Path) -> None:
+    model = dp.prune(tiny_model(), PruningPlan.of("attention.1"))
+    model.generation_config.update(num_beams=4, num_return_sequences=2, prompt_lookup_num_tokens=3)
+    about = folders.export(model, None, tmp_path / "out", tiny_batch("left"), "custom-code")
+    assert about["cache_bytes_per_token"]["exported"] == (BLOCKS - 1) * 2 * 2 * 8 * 4 + 2 * 4
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gpt2"])
 def test_the_cache_is_counted_before_any_window(family: str, tmp_path: Path) -> None:
     model = dp.prune(tiny_model(family), PruningPlan.of("attention.1", "block.3"))

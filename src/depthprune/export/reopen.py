@@ -36,6 +36,9 @@ def behaviour(model: Any, batch: Mapping[str, Tensor], new_tokens: int) -> dict[
     generated = model.generate(
         **batch,
         do_sample=False,
+        num_beams=1,  # and no other way of the model's own settings
+        num_return_sequences=1,
+        prompt_lookup_num_tokens=None,
         min_new_tokens=new_tokens,
         max_new_tokens=new_tokens,
         return_dict_in_generate=True,
