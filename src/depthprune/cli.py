@@ -164,6 +164,8 @@ def _unexpected(error: Exception) -> int:
         return _refuse(
             f"A setting, or a part of one, is null or of another kind than it should be ({text}): correct it."
         )
+    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
+        return _refuse(f"There is too little memory for this ({text}): make batches or sequences smaller.")
     if type(error).__name__ == "MisconfigurationException" or isinstance(error, ImportError):
         return _refuse(f"{text.rstrip('.')}: change the setting.")
     print(f"depthprune: {type(error).__name__}: {text} (DEPTHPRUNE_DEBUG=1 shows the traceback)", file=sys.stderr)

@@ -11,6 +11,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+CUSTOM_CODE_PREFIX = "depthprune_"
+"""How the ``model_type`` begins of a folder that was exported with a modelling file of its own."""
+
 
 @dataclass(frozen=True)
 class Requirement:
@@ -173,6 +176,17 @@ def refuse_quantised(quantisation: Any) -> None:
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
         method = getattr(method, "value", method) or "by an unknown method"
         raise ValueError(f"The model is quantised ({method}), which depthprune does not prune: name its full weights.")
+
+
+def most_tokens(config: PreTrainedConfig) -> int | None:
+    """How long a sequence can be, prompt and what is written together; None if there is no such end.
+
+    Args:
+        config: a model's, also one of an exported folder.
+    """
+    kind = config.model_type.removeprefix(CUSTOM_CODE_PREFIX)
+    has_end = any(kind in family.model_types and family.position_embedding for family in FAMILIES)
+    return config.max_position_embeddings if has_end else None
 
 
 def check_supported(config: PreTrainedConfig) -> Family:

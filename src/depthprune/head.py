@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from depthprune.families import family_of
+from depthprune.families import family_of, most_tokens
 
 Batch = Mapping[str, Tensor]
 """``input_ids (B, T)``, where there is padding ``attention_mask (B, T)``, and where documents are kept apart
@@ -35,8 +35,8 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
             cannot keep documents apart by them.
     """
     family, (rows, length) = family_of(model.config.model_type), batch["input_ids"].shape
-    most = getattr(model.config, "max_position_embeddings", length)
-    if family.position_embedding and length > most:
+    most = most_tokens(model.config)
+    if most is not None and length > most:
         raise ValueError(
             f"The sequences are {length} tokens long, and {model.config.model_type} has positions for {most}: set "
             f"sequence_length to {most} or less."

@@ -25,7 +25,7 @@ from depthprune import embedded
 from depthprune.anatomy import pruning_record
 from depthprune.devices import warn_of_slow_dtype
 from depthprune.embedded_catalogue import MODELS
-from depthprune.families import check_supported, family_of, refuse_quantised
+from depthprune.families import CUSTOM_CODE_PREFIX, check_supported, family_of, refuse_quantised
 from depthprune.files import check_new_folder, whole_folder, write_json
 from depthprune.names import unknown_name
 from depthprune.removal import check_record, restore_structure
@@ -34,9 +34,6 @@ from depthprune.surgery import open_slots
 
 MODEL_TYPE = "depthprune"
 """``model_type`` of a folder that only depthprune opens."""
-
-CUSTOM_CODE_PREFIX = "depthprune_"
-"""How the ``model_type`` begins of a folder that was exported with a modelling file of its own."""
 
 FOLDER_VERSION = 1
 WEIGHTS = "depthprune{suffix}.safetensors"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from depthprune.evaluation.benchmark import Load, measure
+from depthprune.evaluation.benchmark import Load, check_loads, measure
 from depthprune.pruning import prune
 from depthprune.sites import PruningPlan
 from tests.tiny_models import BLOCKS, tiny_model
@@ -29,6 +29,17 @@ def test_a_removed_attention_holds_two_numbers_of_a_token() -> None:
     model = prune(tiny_model(), PruningPlan.of("attention.1", "attention.3"))
     found = measure({"": model}, Load(2, 5, 3), repeats=1)[""]
     assert found.cache_bytes == (BLOCKS - 2) * PER_BLOCK + 2 * 2 * NUMBER
+
+
+def test_loads_beyond_the_positions_are_refused() -> None:
+    config = tiny_model("gpt2", max_position_embeddings=64).config
+    check_loads(config, [Load(1, 60, 4)])
+    with pytest.raises(ValueError, match="60 prompt_tokens and 5 new_tokens are more than the 64 positions"):
+        check_loads(config, [Load(1, 8, 8), Load(1, 60, 5)])
+    setattr(config, "model_type", "depthprune_gpt2")  # noqa: B010 -- a class variable to mypy
+    with pytest.raises(ValueError, match="positions that depthprune_gpt2 has"):
+        check_loads(config, [Load(1, 60, 5)])
+    check_loads(tiny_model(max_position_embeddings=64).config, [Load(1, 60, 5)])
 
 
 def test_memory_grows_with_the_load_and_holds_the_cache() -> None:

@@ -202,6 +202,67 @@ def test_refusals(workshop: Workshop, pruned: Path, mapped: Path, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
+def test_settings_are_refused_before_anything_is_written(
+    workshop: Workshop, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "write", None)
+    damaged = tmp_path / "evaluation.json"
+    whole: dict[str, Any] = {"domains": {"law": {"nats": [2.0, 3.0], "tokens": [1, 2], "bytes": [5, 9]}}}
+    contents: list[Any] = [
+        [],
+        {"variants": {"unpruned": {}, "pruned": whole}},
+        {"variants": {"unpruned": whole, "pruned": {"domains": {}}}},
+        {"variants": {"unpruned": whole, "pruned": {"domains": {"law": {"nats": [2.0], "tokens": [1], "bytes": [5]}}}}},
+        {"variants": {"unpruned": whole, "pruned": {"domains": {"law": {"nats": [2.0, 3.0], "bytes": [5, 9]}}}}},
+    ]
+    for content in contents:
+        damaged.write_text(json.dumps(content))
+        refused = refusal(*command(workshop, pruned, tmp_path / "no", "--evaluation", damaged))
+        assert "The evaluation for the card is damaged or of another kind" in refused
+    for name in ("bad name/x", "a/b/c", "../x", ""):
+        assert "name it owner/name" in refusal(*command(workshop, pruned, tmp_path / "no", f"--push_to_hub={name}"))
+    for size in ("0GB", "5XB", "5", ""):
+        assert "max_shard_size is" in refusal(*command(workshop, pruned, tmp_path / "no", f"--max_shard_size={size}"))
+    for license in ("mit\nbase_model: x", "[mit]", ""):
+        assert "is no licence as the hub names them" in refusal(
+            *command(workshop, pruned, tmp_path / "no", f"--license={license}")
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+def test_a_text_beyond_the_positions_is_refused(tmp_path: Path) -> None:
+    batch = tiny_batch("left")
+    length = batch["input_ids"].shape[1]
+    model = dp.prune(tiny_model("gpt2", max_position_embeddings=length + 23), PruningPlan.of("block.3"))
+    with pytest.raises(ValueError, match=f"set sequence_length to {length - 1} or less"):
+        folders.export(model, None, tmp_path / "out", batch)
+    model = dp.prune(tiny_model("gpt2", max_position_embeddings=length + 24), PruningPlan.of("block.3"))
+    assert folders.export(model, None, tmp_path / "out", batch)["proof"]["generated_alike"] == 1
+
+
+def test_tokens_without_embeddings_are_refused(tmp_path: Path) -> None:
+    model = dp.prune(tiny_model(vocab_size=20), PruningPlan.of("block.3"))
+    batch = tiny_batch("left")
+    largest = int(batch["input_ids"].max())
+    with pytest.raises(ValueError, match=f"made token {largest} of the text, and the model has embeddings for 20"):
+        folders.export(model, None, tmp_path / "out", batch)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("sites", [("block.2", "block.4"), ("attention.1", "mlp.3")])
+def test_a_modelling_file_gives_the_same_hidden_states(family: str, sites: tuple[str, ...], tmp_path: Path) -> None:
+    plan = PruningPlan.of(*sites, replacement="low_rank_adapter", rank=2)
+    model, batch = dp.prune(tiny_model(family, attn_implementation="eager"), plan, calibration()), tiny_batch("left")
+    folders.export(model, None, tmp_path / "out", batch, "custom-code")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, attn_implementation="eager")
+    asked = {**batch, "output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        wanted, found = model(**asked), opened(**asked)
+    assert len(found.hidden_states) == BLOCKS + 1
+    torch.testing.assert_close(found.hidden_states, wanted.hidden_states, rtol=0, atol=1e-5)
+    assert [each is None for each in found.attentions] == [each is None for each in wanted.attentions]
+
+
 def test_the_proof_is_greedy_whatever_the_model_is_set_to(tmp_path: Path) -> None:
     model = dp.prune(tiny_model(), PruningPlan.of("attention.1"))
     model.generation_config.update(num_beams=4, num_return_sequences=2, prompt_lookup_num_tokens=3)

@@ -184,3 +184,9 @@ def test_other_tokenizers_are_refused(pre: Any, tmp_path: Path) -> None:
     tokenizer_of(pre).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="none of those that can be written"):
         add_tokenizer(gguf.GGUFWriter(tmp_path / "t.gguf", "llama"), tmp_path, 7)
+
+
+def test_more_tokens_than_embeddings_are_refused(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    made = draft(dp.prune(tiny_model(vocab_size=len(tiny_tokenizer) - 1), PruningPlan.of("block.3")), "left out")
+    with pytest.raises(ValueError, match="has tokens up to number 29"):
+        write_gguf(made, tiny_tokenizer, tmp_path / "m.gguf", "f32")

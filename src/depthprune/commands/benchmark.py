@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from depthprune.configuration import as_data
 from depthprune.devices import start_fabric
-from depthprune.evaluation.benchmark import Load, measure
+from depthprune.evaluation.benchmark import Load, check_loads, measure
 from depthprune.evaluation.cost import parameters_in_use
 from depthprune.figures import write_figure
 from depthprune.files import make_folder, write_json
@@ -71,6 +71,7 @@ def benchmark(
     for side, name in (("model", model), ("against", against)):
         models[side] = _opened(name, dtype, attn_implementation, trust_remote_code)
         torch.nn.Module.to(models[side], device)
+        check_loads(models[side].config, loads)
     sizes = {
         side: {
             "parameters": parameters_in_use(each),

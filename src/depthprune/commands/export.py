@@ -6,7 +6,7 @@ from pathlib import Path
 
 from depthprune.data.module import one_text
 from depthprune.data.text import RoleShares, TextSource
-from depthprune.export.card import CARD, CardData, push
+from depthprune.export.card import CARD, CardData, check_repository, push
 from depthprune.export.folder import EXPORT_FILE
 from depthprune.export.folder import export as export_model
 from depthprune.export.formats import Settings
@@ -62,14 +62,16 @@ def export(
         revision: branch, tag or commit on the hub.
     """
     output = str(check_new_folder(output))
-    figures = None if evaluation is None else read_json(evaluation, "an evaluation's results")
+    if push_to_hub is not None:
+        check_repository(push_to_hub)
+    settings = Settings(as_llama, untie, max_shard_size, gguf_type)
+    card = CardData(license, None if evaluation is None else read_json(evaluation, "an evaluation's results"))
     causal_lm, tokenizer = load(model, dtype=dtype, revision=revision)
     data = one_text(model, text, sequence_length, sequences, shares, revision, calibration_sequences=sequences)
     proving = "" if format == "gguf" else ", and opening it in a process of its own"
     print(f"Writing {model} as {format}{proving}.", flush=True)
     batch = padded_texts(next(iter(data.calibration_dataloader())))
-    settings = Settings(as_llama, untie, max_shard_size, gguf_type)
-    about = export_model(causal_lm, tokenizer, output, batch, format, settings, CardData(license, figures))
+    about = export_model(causal_lm, tokenizer, output, batch, format, settings, card)
     for site, key in about["folded"].items():
         print(f"The constant of {site} is in {key}.")
     if about["untied_bytes"]:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from depthprune.evaluation.allocations import Allocations
+from depthprune.families import most_tokens
 from depthprune.head import evaluating, input_device
 from depthprune.surgery import CACHE_ARGUMENTS
 
@@ -35,6 +36,25 @@ class Load:
         for name in ("batch_size", "prompt_tokens", "new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more.")
+
+
+def check_loads(config: PreTrainedConfig, loads: Iterable[Load]) -> None:
+    """Refuse what is longer than a model can read.
+
+    Args:
+        config: the model's.
+        loads: what it is to do.
+
+    Raises:
+        ValueError: a prompt with what is written behind it is.
+    """
+    most = most_tokens(config)
+    for load in loads:
+        if most is not None and load.prompt_tokens + load.new_tokens > most:
+            raise ValueError(
+                f"{load.prompt_tokens} prompt_tokens and {load.new_tokens} new_tokens are more than the {most} "
+                f"positions that {config.model_type} has: set less."
+            )
 
 
 @dataclass

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 
 from depthprune.embedded_catalogue import MODELS
 from depthprune.evaluation.domains import DomainLoss
@@ -27,10 +30,33 @@ class CardData:
     Attributes:
         license: of the model that it came from, as the hub names it; of an embedded model it is known.
         evaluation: results of ``depthprune evaluate`` whose figures the card shows.
+
+    Raises:
+        ValueError: such a licence has no name on the hub, or the evaluation is damaged or has no two models.
     """
 
     license: str | None = None
     evaluation: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+_-]*", self.license):
+            raise ValueError(
+                f"{self.license!r} is no licence as the hub names them: write one such as apache-2.0, llama3.1 or other."
+            )
+        assert self.losses is not None  # a damaged evaluation is found before anything is written
+
+    @cached_property
+    def losses(self) -> list[list[str]]:
+        """By text and model: its loss and how far it is above the unpruned one's; empty without an evaluation."""
+        if self.evaluation is None:
+            return []
+        try:
+            return _losses(self.evaluation["variants"])
+        except (KeyError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
+            raise ValueError(
+                "The evaluation for the card is damaged or of another kind: name evaluation.json of `depthprune "
+                "evaluate`."
+            ) from error
 
 
 def write_card(folder: Path, about: Mapping[str, Any], name: str | None, data: CardData) -> None:
@@ -41,9 +67,6 @@ def write_card(folder: Path, about: Mapping[str, Any], name: str | None, data: C
         about: of its ``export.json``.
         name: of the model that it came from: an embedded name or a hub name.
         data: what else it says.
-
-    Raises:
-        ValueError: the evaluation holds no unpruned model, or no other.
     """
     embedded = MODELS.get(name or "")
     base = embedded.hub_name if embedded else name
@@ -55,11 +78,11 @@ def write_card(folder: Path, about: Mapping[str, Any], name: str | None, data: C
         pipeline_tag="text-generation",
         tags=["depthprune", "depth-pruning", "pruned"],
     )
-    content = f"---\n{metadata.to_yaml()}\n---\n\n{_text(about, base, embedded is not None, data.evaluation)}"
+    content = f"---\n{metadata.to_yaml()}\n---\n\n{_text(about, base, embedded is not None, data.losses)}"
     ModelCard(content, ignore_metadata_errors=True).save(folder / CARD)
 
 
-def _text(about: Mapping[str, Any], base: str | None, is_embedded: bool, evaluation: Mapping[str, Any] | None) -> str:
+def _text(about: Mapping[str, Any], base: str | None, is_embedded: bool, losses: list[list[str]]) -> str:
     plan = PruningPlan.from_dict(about["plan"])
     sizes, cache, proof = about["parameters"], about["cache_bytes_per_token"], about["proof"]
     source = f"`{base}`" if base else "a causal language model"
@@ -84,8 +107,12 @@ def _text(about: Mapping[str, Any], base: str | None, is_embedded: bool, evaluat
             ],
         ),
     ]
-    if evaluation is not None:
-        parts += ["## What it can do", *_figures(evaluation)]
+    if losses:
+        parts += [
+            "## What it can do",
+            "Loss on held-out text in nats per token, with the 95 % interval of the difference.",
+            table(["text", "model", "unpruned", "above it"], losses, words=2),
+        ]
     parts += ["## How to load it", _loading(about), _proof(proof)]
     return "\n\n".join(parts) + "\n"
 
@@ -104,9 +131,7 @@ def _standing(removal: Any) -> str:
     return escaped(f"{what} ({options})" if options else what)
 
 
-def _figures(evaluation: Mapping[str, Any]) -> list[str]:
-    """Losses on texts of every model of an evaluation beside the unpruned one."""
-    variants = evaluation.get("variants", {})
+def _losses(variants: Mapping[str, Any]) -> list[list[str]]:
     if UNPRUNED not in variants or len(variants) < 2:
         raise ValueError("The evaluation for the card needs the unpruned model and another one in it.")
     rows = []
@@ -117,10 +142,7 @@ def _figures(evaluation: Mapping[str, Any]) -> list[str]:
                 gap = DomainLoss.from_dict(measured["domains"][domain]).minus(base)
                 shown = f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
                 rows.append([escaped(domain), escaped(name), f"{base.loss:.3f}", shown])
-    return [
-        "Loss on held-out text in nats per token, with the 95 % interval of the difference.",
-        table(["text", "model", "unpruned", "above it"], rows, words=2),
-    ]
+    return rows
 
 
 def _loading(about: Mapping[str, Any]) -> str:
@@ -145,6 +167,18 @@ def _proof(proof: Mapping[str, Any]) -> str:
     )
 
 
+def check_repository(name: str) -> None:
+    """Refuse a name that the hub cannot have.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"The hub has no name {name!r} to upload to: name it owner/name.") from error
+
+
 def push(folder: Path, repository: str, is_private: bool) -> str:
     """Upload an exported folder to the hub.
 
@@ -163,7 +197,7 @@ def push(folder: Path, repository: str, is_private: bool) -> str:
     try:
         address = api.create_repo(repository, private=is_private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Exported by depthprune")
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(
             f"{folder} could not be uploaded to {repository} ({reason}): it is complete all the same; log in with "

@@ -16,7 +16,7 @@ from depthprune.export import modeling_depthprune
 from depthprune.export.coded import write_coded
 from depthprune.export.folding import constant_of, hollow_sites
 from depthprune.export.per_layer import skipping
-from depthprune.loading import CUSTOM_CODE_PREFIX
+from depthprune.families import CUSTOM_CODE_PREFIX
 from depthprune.replacements.base import Replacement
 from depthprune.replacements.maps import MapReplacement
 from depthprune.sites import Site

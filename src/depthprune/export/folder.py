@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from depthprune.anatomy import pruning_record
 from depthprune.export.card import CardData, write_card
 from depthprune.export.formats import Settings, Written, write
-from depthprune.export.proof import TOLERANCE, prove
+from depthprune.export.proof import TOLERANCE, check_text, prove
 from depthprune.export.table import FORMATS
 from depthprune.files import whole_folder, write_json
 from depthprune.head import Batch
@@ -54,7 +54,8 @@ def export(
         What is written to ``export.json``: the form, where constants went, sizes before and after, and the proof.
 
     Raises:
-        ValueError: the model has no such form, or the written one is not the same; then nothing is kept.
+        ValueError: the model has no such form, the text does not suit it, or the written one is not the same; then
+            nothing is kept.
     """
     if format not in FORMATS:
         raise unknown_name("format of an export", format, FORMATS)
@@ -62,6 +63,7 @@ def export(
     if record is None or open_slots(model):
         raise ValueError("Nothing was removed from the model for good: make a pruned one with `depthprune prune`.")
     plan = PruningPlan.from_dict(record["plan"])
+    check_text(model, batch)
     with whole_folder(folder) as partial:
         written = write(model, tokenizer, partial, format, settings)
         if tokenizer is not None and format != "gguf":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from depthprune.export.gguf_file import GGUF, ROUNDING, attentions, largest_diff
 from depthprune.export.llama import check_llama
 from depthprune.export.nemotron_nas import write_nemotron_nas
 from depthprune.export.table import LLAMA_FORMATS
-from depthprune.loading import CUSTOM_CODE_PREFIX
+from depthprune.families import CUSTOM_CODE_PREFIX
 from depthprune.sites import Site
 
 
@@ -32,12 +33,20 @@ class Settings:
         max_shard_size: the size at which files of weights are split.
         gguf_type: of the matrices in a GGUF file (see :data:`depthprune.export.gguf_file.WEIGHT_TYPES`); that of the
             model if not given.
+
+    Raises:
+        ValueError: the size of shards is none.
     """
 
     as_llama: bool = False
     untie: bool = False
     max_shard_size: str = "5GB"
     gguf_type: str | None = None
+
+    def __post_init__(self) -> None:
+        size = re.fullmatch(r"(\d+(?:\.\d+)?)[KMGT]B", self.max_shard_size.upper())
+        if size is None or not float(size[1]):
+            raise ValueError(f"max_shard_size is {self.max_shard_size!r}: write a size such as 500MB or 5GB.")
 
 
 @dataclass(frozen=True)

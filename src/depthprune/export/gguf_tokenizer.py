@@ -33,7 +33,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int) -> Non
         vocabulary: rows of the embeddings; those without a token are marked as unused.
 
     Raises:
-        ValueError: it is another kind of tokenizer.
+        ValueError: it is another kind of tokenizer, or has more tokens than there are embeddings.
     """
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -47,6 +47,12 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int) -> Non
             "own script."
         )
     tokens = _tokens(content)
+    if max(tokens) >= vocabulary:
+        raise ValueError(
+            f"The tokenizer has tokens up to number {max(tokens)}, and the model has embeddings for {vocabulary}, so "
+            "that a GGUF file cannot hold them all: put the model's own tokenizer into its folder, or give the model "
+            "larger embeddings."
+        )
     found = [tokens.get(number, (f"[PAD{number}]", gguf.TokenType.UNUSED)) for number in range(vocabulary)]
     writer.add_tokenizer_model("llama" if is_sentencepiece else "gpt2")
     writer.add_tokenizer_pre("default" if name is None else name)

@@ -58,6 +58,8 @@ class StandIn(nn.Module):
 class RemovedSite(nn.Module):
     """Stands where the first module of a removed site was, and is called like it.
 
+    It is made as one of the original's class too, by which transformers finds the modules whose outputs it collects.
+
     Args:
         original: that module.
         kind: of the site: ``"block"``, ``"attention"`` or ``"mlp"``.
@@ -66,7 +68,7 @@ class RemovedSite(nn.Module):
     """
 
     def __init__(self, original: nn.Module, kind: str, cache_layer: int, replacement: StandIn | None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         for name, value in vars(original).items():  # the model may ask a block for the type of its attention
             if isinstance(value, bool | int | float | str):
                 setattr(self, name, value)
@@ -74,6 +76,13 @@ class RemovedSite(nn.Module):
         self.cache_layer = cache_layer
         self.names = [name for name in inspect.signature(type(original).forward).parameters if name != "self"]
         self.replacement = replacement
+
+    @classmethod
+    def at(cls, original: nn.Module, *args: Any) -> nn.Module:
+        """Make one for a module."""
+        base = type(original)
+        made: nn.Module = type(f"Removed{base.__name__}", (cls, base), {})(original, *args)
+        return made
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original gives, without its update: the stream, or the update with no attention weights."""
@@ -109,7 +118,7 @@ class PrunedForCausalLM(BaseForCausalLM):
             first, *others = site["modules"]
             standing = site["replacement"]
             replacement = None if standing is None else StandIn(config.hidden_size, **standing)
-            removed = RemovedSite(self.get_submodule(first), site["kind"], site["cache_layer"], replacement)
+            removed = RemovedSite.at(self.get_submodule(first), site["kind"], site["cache_layer"], replacement)
             self.set_submodule(first, removed)
             for name in others:  # a norm behind an attention, say
                 self.set_submodule(name, nn.Identity())

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from depthprune.anatomy import Anatomy
 from depthprune.export import reopen
+from depthprune.families import most_tokens
 from depthprune.head import Batch
 from depthprune.replacements.base import Replacement
 from depthprune.replacements.constants import EmulatedUpdate
@@ -61,6 +62,30 @@ class Proof:
     def to_dict(self) -> dict[str, Any]:
         """The proof as plain data."""
         return asdict(self)
+
+
+def check_text(model: PreTrainedModel, batch: Batch) -> None:
+    """Refuse text that the model cannot be asked about.
+
+    Args:
+        model: the model.
+        batch: ``input_ids (B, T)``.
+
+    Raises:
+        ValueError: there is no room for what is written behind it, or it has tokens that the model does not know.
+    """
+    length, most = batch["input_ids"].shape[1], most_tokens(model.config)
+    if most is not None and length + NEW_TOKENS > most:
+        raise ValueError(
+            f"The text for the proof is {length} tokens long and {NEW_TOKENS} are written behind it, and the model has "
+            f"positions for {most}: set sequence_length to {most - NEW_TOKENS} or less."
+        )
+    largest, entries = int(batch["input_ids"].max()), next(model.get_input_embeddings().parameters()).shape[0]
+    if largest >= entries:
+        raise ValueError(
+            f"The tokenizer made token {largest} of the text, and the model has embeddings for {entries}: put the "
+            "model's own tokenizer into its folder, or give the model larger embeddings."
+        )
 
 
 def prove(model: PreTrainedModel, folder: Path, batch: Batch, added: Mapping[Site, Tensor]) -> Proof:
