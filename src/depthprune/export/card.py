@@ -41,7 +41,7 @@ class CardData:
     def __post_init__(self) -> None:
         if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+_-]*", self.license):
             raise ValueError(
-                f"{self.license!r} is no licence as the hub names them: write one such as apache-2.0, llama3.1 or other."
+                f"{self.license!r} is no licence as the hub names them: write one such as apache-2.0 or other."
             )
         assert self.losses is not None  # a damaged evaluation is found before anything is written
 
