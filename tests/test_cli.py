@@ -89,7 +89,7 @@ def test_exit_codes(
     assert "No space left on device" in capsys.readouterr().err
     failing[:] = [KeyboardInterrupt()]
     assert run("list") == 130
-    assert "goes on from what is saved" in capsys.readouterr().err
+    assert "interrupted; nothing of it is kept" in capsys.readouterr().err
     failing[:] = [RuntimeError("a bug")]
     assert run("list") == 1
     assert capsys.readouterr().err == "depthprune: RuntimeError: a bug (DEPTHPRUNE_DEBUG=1 shows the traceback)\n"

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import pytest
 
 from depthprune.files import (
+    check_new_folder,
     fingerprint,
     make_folder,
     only_writer,
@@ -199,3 +200,21 @@ def test_what_a_killed_process_left_of_a_folder_goes_when_it_is_written_again(tm
     with pytest.raises(ValueError, match="Cannot write"):
         overtaken()
     assert everything(tmp_path) == {"other", "model", "model/early"}
+
+
+def test_what_a_process_of_our_number_left_is_removed(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "model") as partial:
+        left = partial.with_name(f"{partial.name}-before")
+        left.mkdir()
+        with whole_folder(tmp_path / "model") as other:  # by another thread
+            (other / "file").touch()
+        assert partial.exists()
+        assert not left.exists()
+        (tmp_path / "model" / "file").unlink()
+
+
+def test_a_mounted_disk_is_no_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+    with pytest.raises(ValueError, match="where a disk is mounted"):
+        check_new_folder(tmp_path)
+    check_new_folder(tmp_path / "model")

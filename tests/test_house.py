@@ -14,6 +14,7 @@ LONGEST = 350  # lines
 LAYERS = [
     {
         "names",
+        "filled",
         "origin",
         "nulls",
         "memory",
@@ -88,6 +89,7 @@ LAYERS = [
     {"recovery.segments", "export.folding", "export.llama", "export.modeling_decilm"},
     {
         "loading",
+        "trusted",
         "export.draft",
         "export.proof",
         "influence.static",

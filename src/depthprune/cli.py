@@ -49,6 +49,9 @@ COMMANDS = {
 LISTS = {"compare": "--tables", "recommend": "--results", "report": "--results"}
 """Commands whose files need no flag, and the flag that they stand for."""
 
+AT_ONCE = ("prune", "recommend", "report", "export", "benchmark", "compare", "list")
+"""Commands that write what they make once it is whole."""
+
 SINGLES = {"benchmark": "--model"}
 """The same for commands of one file."""
 
@@ -116,7 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_interrupt and not is_sigterm:
             raise
         what = "interrupted" if is_interrupt else "asked to stop"
-        print(f"depthprune: {what}; the same command goes on from what is saved.", file=sys.stderr)
+        rest_of_it = "nothing of it is kept" if command in AT_ONCE else "the same command goes on from what is saved"
+        print(f"depthprune: {what}; {rest_of_it}.", file=sys.stderr)
         return 128 + int(signal.SIGINT if is_interrupt else signal.SIGTERM)
     except RecursionError:
         return _refuse(f"{_config_files(rest) or 'A file'} is nested too deeply, or refers to itself: correct it.")
@@ -164,7 +168,10 @@ def _unexpected(error: Exception) -> int:
         return _refuse(
             f"A setting, or a part of one, is null or of another kind than it should be ({text}): correct it."
         )
-    if isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text:
+    if "home directory" in text:
+        return _refuse("A path begins with ~ and the name of a user who has no home here: write it out.")
+    of_memory = ("allocate memory", "out of memory", "size calculation overflow")
+    if isinstance(error, MemoryError) or any(part in text for part in of_memory):
         return _refuse(f"There is too little memory for this ({text}): make batches or sequences smaller.")
     if type(error).__name__ == "MisconfigurationException" or isinstance(error, ImportError):
         return _refuse(f"{text.rstrip('.')}: change the setting.")

@@ -18,6 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 PARTIAL = ".partial-"  # in the temporary names of what is not whole yet
+_PARTIALS: set[Path] = set()  # temporary folders of this process
 ENDS = 1 << 20  # bytes at a file's start and end that stand for it in a fingerprint
 
 
@@ -142,7 +143,8 @@ def _remove_left(parent: Path, name: str) -> None:
     """Remove the temporary folders of processes of this machine that no longer run."""
     for left in parent.glob(f".{glob.escape(name)}{PARTIAL}{_machine()}-*"):
         number = left.name.removeprefix(f".{name}{PARTIAL}{_machine()}-").partition("-")[0]
-        if number.isdigit() and not _runs(int(number)):
+        is_ours = number == str(os.getpid()) and left not in _PARTIALS  # of a process that had our number before
+        if number.isdigit() and (is_ours or not _runs(int(number))):
             shutil.rmtree(left, ignore_errors=True)
 
 
@@ -217,6 +219,8 @@ def check_new_folder(folder: Path | str) -> Path:
     try:
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"The folder {folder} is not empty: remove it, or name another one.")
+        if folder.is_mount():
+            raise ValueError(f"{folder} is where a disk is mounted, and no folder can take its place: name one in it.")
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file: name a folder.")
     except OSError as error:
@@ -240,6 +244,7 @@ def whole_folder(folder: Path | str) -> Iterator[Path]:
         partial = Path(tempfile.mkdtemp(dir=parent, prefix=f".{folder.name}{PARTIAL}{_machine()}-{os.getpid()}-"))
     except OSError as error:
         raise _cannot_write(folder, error) from error
+    _PARTIALS.add(partial)
     try:
         yield partial
         for file in partial.rglob("*"):  # safetensors makes private files
@@ -255,3 +260,4 @@ def whole_folder(folder: Path | str) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        _PARTIALS.discard(partial)

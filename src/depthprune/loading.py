@@ -27,6 +27,7 @@ from depthprune.devices import warn_of_slow_dtype
 from depthprune.embedded_catalogue import MODELS
 from depthprune.families import CUSTOM_CODE_PREFIX, check_supported, family_of, refuse_quantised
 from depthprune.files import check_new_folder, whole_folder, write_json
+from depthprune.filled import check_filled, first_line
 from depthprune.names import unknown_name
 from depthprune.removal import check_record, restore_structure
 from depthprune.sites import PruningPlan
@@ -85,7 +86,7 @@ def load(
             )
             model, found = loaded
         except Exception as error:  # whatever a damaged config or weight file makes of transformers
-            raise ValueError(f"Cannot load the model {name}: {_first_line(error)}") from error
+            raise ValueError(f"Cannot load the model {name}: {first_line(error)}") from error
         check_supported(model.config)
         _check_weights(name, model, found)
         check_record(model, f"{name}/config.json")
@@ -114,7 +115,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
         return AutoTokenizer.from_pretrained(source, config=config, revision=revision, trust_remote_code=False)
     except Exception as error:  # whatever damaged files make of transformers
         raise ValueError(
-            f"Cannot load the tokenizer of {name} ({_first_line(error).rstrip('.:')}): save one beside the model."
+            f"Cannot load the tokenizer of {name} ({first_line(error).rstrip('.:')}): save one beside the model."
         ) from error
 
 
@@ -187,7 +188,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
 
 def _refuse_custom_code(name: str | Path, config: dict[str, Any]) -> None:
     """Refuse a folder with a modelling file that an export wrote."""
-    if str(config.get("model_type")).startswith(CUSTOM_CODE_PREFIX):
+    if str(config.get("model_type")).startswith((CUSTOM_CODE_PREFIX, "nemotron-nas")):
         raise ValueError(
             f"{name} was exported with a modelling file of its own, for engines without depthprune: name the pruned "
             "model that it was exported from."
@@ -206,22 +207,10 @@ def _refuse_lossy_folder(name: str | Path, config: dict[str, Any]) -> None:
 
 
 def _check_weights(name: str | Path, model: PreTrainedModel, found: dict[str, Any]) -> None:
-    """Refuse weights that do not fill the model, which transformers would make up, or hold more blocks than it has."""
+    """Refuse weights that do not fill the model, or hold more blocks than it has."""
     blocks = f".{family_of(model.config.model_type).blocks}."
-    wrong = {
-        "lack": sorted(found["missing_keys"]),
-        "have other shapes in": sorted(str(key[0]) for key in found["mismatched_keys"]),
-        "hold, beyond what config.json describes,": sorted(
-            key for key in found["unexpected_keys"] if blocks in f".{key}" and key.endswith(("weight", "bias"))
-        ),
-    }
-    for what, keys in wrong.items():
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise ValueError(
-                f"The weights of {name} {what} {', '.join(keys[:3])}{more}: they and config.json do not belong "
-                "together; fetch the model again."
-            )
+    beyond = [key for key in found["unexpected_keys"] if blocks in f".{key}" and key.endswith(("weight", "bias"))]
+    check_filled(name, found, beyond)
 
 
 def _resolve(name: str | Path, revision: str | None) -> str:
@@ -248,7 +237,7 @@ def _config_dict(source: str, revision: str | None) -> dict[str, Any]:
     try:
         config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
     except (OSError, HFValidationError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f"Cannot load the model {source}: {_first_line(error)}") from error
+        raise ValueError(f"Cannot load the model {source}: {first_line(error)}") from error
     if not isinstance(config, dict) or config.get("num_hidden_layers") == 0:
         raise ValueError(f"{source}/config.json describes no model: fetch the model again.")
     return config
@@ -277,11 +266,12 @@ def _load_pruned(
         cast = {key: tensor if ".replacement." in key else tensor.to(model.dtype) for key, tensor in state.items()}
         missing, unexpected = model.load_state_dict(cast, strict=False, assign=True)
     except (KeyError, TypeError, AttributeError, RuntimeError, ImportError, IndexError) as error:
-        raise ValueError(f"{folder} cannot be opened ({_first_line(error)}): save the model anew.") from error
+        raise ValueError(f"{folder} cannot be opened ({first_line(error)}): save the model anew.") from error
     except ValueError as error:
         if str(folder) in str(error):
             raise
-        raise ValueError(f"{folder} cannot be opened ({_first_line(error)}): save the model anew.") from error
+        remedy = "choose another" if "attn_implementation" in str(error) else "save the model anew"
+        raise ValueError(f"{folder} cannot be opened ({first_line(error).rstrip('.')}): {remedy}.") from error
     if set(missing) - tied or unexpected:
         raise ValueError(
             f"{folder} is damaged: its weights lack {sorted(set(missing) - tied)} and have {sorted(unexpected)} too "
@@ -300,7 +290,7 @@ def _load_pruned(
         try:
             return model.to(device_map)  # type: ignore[arg-type]
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"Cannot put the model on {device_map}: {_first_line(error)}") from error
+            raise ValueError(f"Cannot put the model on {device_map}: {first_line(error)}") from error
     if device_map is not None:
         if isinstance(device_map, str):
             device_map = infer_auto_device_map(model, no_split_module_classes=list(model._no_split_modules or []))
@@ -336,9 +326,5 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         try:
             state.update(load_file(file))
         except Exception as error:  # safetensors raises an error type that it does not export
-            raise ValueError(f"{file} is damaged ({_first_line(error)}): save the model anew.") from error
+            raise ValueError(f"{file} is damaged ({first_line(error)}): save the model anew.") from error
     return state
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -55,5 +55,5 @@ def test_memory_grows_with_the_load_and_holds_the_cache() -> None:
 
 @pytest.mark.parametrize("numbers", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
 def test_no_load_is_empty(numbers: tuple[int, int, int]) -> None:
-    with pytest.raises(ValueError, match="set it to 1 or more"):
+    with pytest.raises(ValueError, match="set it to 1 to"):
         Load(*numbers)

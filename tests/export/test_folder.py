@@ -77,7 +77,8 @@ def test_a_card_for_the_hub(
     assert run(*command(workshop, pruned, tmp_path / "one", *flags)) == 0
     card = ModelCard.load(tmp_path / "one" / "README.md")
     assert card.data.license == "mit"
-    assert card.data.base_model == "model"  # of a folder only its name
+    assert card.data.base_model is None  # of a folder only its name is known
+    assert "Made from `model`" in card.content
     assert "depth-pruning" in (card.data.tags or [])
     assert str(tmp_path) not in card.content
     assert "| block.2 | emulated update |" in card.content
@@ -192,6 +193,9 @@ def test_refusals(workshop: Workshop, pruned: Path, mapped: Path, tmp_path: Path
         (workshop.model, (), "Nothing was removed from the model"),
         (pruned, ("--format", "plane"), "Did you mean 'plain'"),
         (pruned, ("--gguf_type", "q8_0"), "gguf_type is for GGUF files"),
+        (pruned, ("--format", "gguf", "--gguf_type="), "Unknown type of weights in a GGUF file ''"),
+        (pruned, ("--sequences", 0), "sequences is 0"),
+        (Path("~nobody-here/model"), (), "who has no home here"),
         (mapped, (), "choose the format compatible"),
         (mapped, ("--format", "compatible"), "In attention.2 stands a map of the stream"),
     ):
@@ -210,6 +214,7 @@ def test_settings_are_refused_before_anything_is_written(
     whole: dict[str, Any] = {"domains": {"law": {"nats": [2.0, 3.0], "tokens": [1, 2], "bytes": [5, 9]}}}
     contents: list[Any] = [
         [],
+        None,
         {"variants": {"unpruned": {}, "pruned": whole}},
         {"variants": {"unpruned": whole, "pruned": {"domains": {}}}},
         {"variants": {"unpruned": whole, "pruned": {"domains": {"law": {"nats": [2.0], "tokens": [1], "bytes": [5]}}}}},
@@ -228,6 +233,13 @@ def test_settings_are_refused_before_anything_is_written(
             *command(workshop, pruned, tmp_path / "no", f"--license={license}")
         )
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+def test_an_evaluation_without_texts_is_refused(workshop: Workshop, pruned: Path, tmp_path: Path) -> None:
+    empty: dict[str, Any] = {"variants": {name: {"domains": {}} for name in ("unpruned", "pruned")}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(empty))
+    refused = refusal(*command(workshop, pruned, tmp_path / "no", "--evaluation", tmp_path / "evaluation.json"))
+    assert "has no texts in it" in refused
 
 
 def test_a_text_beyond_the_positions_is_refused(tmp_path: Path) -> None:

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from depthprune.configuration import as_data
 from depthprune.devices import start_fabric
@@ -24,8 +23,10 @@ from depthprune.origin import origin
 from depthprune.progress import tracked
 from depthprune.report.benchmark import benchmark_figure, benchmark_report, console_table
 from depthprune.report.html import write_page
+from depthprune.trusted import has_code, load_trusted
 
 VERSION = 1
+MOST_REPEATS = 10_000
 
 
 def benchmark(
@@ -60,8 +61,8 @@ def benchmark(
         trust_remote_code: run the modelling file of a folder, as exports in the format custom-code have one.
     """
     config = as_data(dict(locals()))
-    if repeats < 1:
-        raise ValueError(f"repeats is {repeats}: set it to 1 or more.")
+    if not 1 <= repeats <= MOST_REPEATS:
+        raise ValueError(f"repeats is {repeats}: set it to 1 to {MOST_REPEATS}.")
     if not batch_sizes or not prompt_tokens:
         raise ValueError("batch_sizes and prompt_tokens need a number each.")
     loads = [Load(*pair, new_tokens) for pair in product(batch_sizes, prompt_tokens)]
@@ -72,6 +73,12 @@ def benchmark(
         models[side] = _opened(name, dtype, attn_implementation, trust_remote_code)
         torch.nn.Module.to(models[side], device)
         check_loads(models[side].config, loads)
+    dtypes = [str(each.dtype).removeprefix("torch.") for each in models.values()]
+    if len(set(dtypes)) > 1:
+        raise ValueError(
+            f"{model} is saved in {dtypes[0]} and {against} in {dtypes[1]}, so that what is measured would not be the "
+            "pruning: name one dtype for both, such as --dtype bfloat16."
+        )
     sizes = {
         side: {
             "parameters": parameters_in_use(each),
@@ -104,9 +111,11 @@ def benchmark(
 
 def _opened(name: str, dtype: str, attn_implementation: str | None, trust_remote_code: bool) -> PreTrainedModel:
     """A model as :func:`depthprune.load` opens it, or one that has code of its own."""
-    if trust_remote_code and any(Path(name).glob("modeling_*.py")):
-        own: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            name, dtype=parse_dtype(dtype), attn_implementation=attn_implementation, trust_remote_code=True
-        )
-        return own.eval()
+    if has_code(name):
+        if not trust_remote_code:
+            raise ValueError(
+                f"{name} has a modelling file of its own, which is run only where it is trusted: add "
+                "--trust_remote_code true."
+            )
+        return load_trusted(name, parse_dtype(dtype), attn_implementation)
     return load(name, dtype=dtype, attn_implementation=attn_implementation)[0]

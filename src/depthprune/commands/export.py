@@ -65,7 +65,10 @@ def export(
     if push_to_hub is not None:
         check_repository(push_to_hub)
     settings = Settings(as_llama, untie, max_shard_size, gguf_type)
-    card = CardData(license, None if evaluation is None else read_json(evaluation, "an evaluation's results"))
+    card = CardData(license, None if evaluation is None else read_json(evaluation, "an evaluation's results") or {})
+    for name, value in (("sequences", sequences), ("sequence_length", sequence_length)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}: set it to 1 or more.")
     causal_lm, tokenizer = load(model, dtype=dtype, revision=revision)
     data = one_text(model, text, sequence_length, sequences, shares, revision, calibration_sequences=sequences)
     proving = "" if format == "gguf" else ", and opening it in a process of its own"

@@ -11,8 +11,9 @@ from typing import Any
 from datasets import DatasetBuilder, IterableDataset, load_dataset_builder
 
 from depthprune import embedded
-from depthprune.data.text import BAD_ROWS, FORMATS, Document, Text, TextSource, file_format, first_line, tell
+from depthprune.data.text import BAD_ROWS, FORMATS, Document, Text, TextSource, file_format, tell
 from depthprune.embedded_catalogue import TEXTS
+from depthprune.filled import first_line
 from depthprune.names import unknown_name
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -48,8 +49,8 @@ def open_text(source: TextSource) -> Text:
             f"Cannot open the text {source.path} ({first_line(error)}): check its name, revision and files; "
             "a text of the hub needs a connection, a local folder or an embedded name does not."
         ) from error
-    except ValueError as error:
-        if str(source.path) in str(error):
+    except (ValueError, IndexError) as error:
+        if isinstance(error, ValueError) and str(source.path) in str(error):
             raise
         raise ValueError(
             f"Cannot open the text {source.path} ({first_line(error)}): correct its name, split or files, or repair "

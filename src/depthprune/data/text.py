@@ -19,6 +19,7 @@ from torch.utils.data import get_worker_info
 
 from depthprune.data.chat import contents, conversation
 from depthprune.data.roles import ROLES, RoleShares, digest, role_of, sample_of
+from depthprune.filled import first_line
 from depthprune.names import slug, unknown_name
 
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
@@ -289,8 +290,3 @@ def _decoded(value: pa.Scalar) -> Any:
 def _text_group(text: str) -> str:
     """The group of a document that names none: the same for texts that differ only in case and white space."""
     return digest(" ".join(unicodedata.normalize("NFKC", text).casefold().split())).hex()
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says first."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -17,6 +17,8 @@ from depthprune.families import most_tokens
 from depthprune.head import evaluating, input_device
 from depthprune.surgery import CACHE_ARGUMENTS
 
+MOST = 10_000_000  # sequences or tokens
+
 
 @dataclass(frozen=True)
 class Load:
@@ -34,8 +36,8 @@ class Load:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "prompt_tokens", "new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more.")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 to {MOST}.")
 
 
 def check_loads(config: PreTrainedConfig, loads: Iterable[Load]) -> None:

@@ -20,6 +20,7 @@ from depthprune.report.markdown import escaped, table
 from depthprune.sites import PruningPlan
 
 CARD = "README.md"
+DAMAGED = "The evaluation for the card is damaged or of another kind: name evaluation.json of `depthprune evaluate`."
 HAVE_CODE = ("custom-code", "nemotron-nas")  # formats whose folders have a modelling file
 
 
@@ -50,13 +51,12 @@ class CardData:
         """By text and model: its loss and how far it is above the unpruned one's; empty without an evaluation."""
         if self.evaluation is None:
             return []
+        if not isinstance(self.evaluation, Mapping):
+            raise ValueError(DAMAGED)
         try:
             return _losses(self.evaluation["variants"])
         except (KeyError, TypeError, AttributeError, ArithmeticError, AssertionError) as error:
-            raise ValueError(
-                "The evaluation for the card is damaged or of another kind: name evaluation.json of `depthprune "
-                "evaluate`."
-            ) from error
+            raise ValueError(DAMAGED) from error
 
 
 def write_card(folder: Path, about: Mapping[str, Any], name: str | None, data: CardData) -> None:
@@ -72,7 +72,7 @@ def write_card(folder: Path, about: Mapping[str, Any], name: str | None, data: C
     base = embedded.hub_name if embedded else name
     license = data.license or (embedded.licence.lower() if embedded else None)
     metadata = ModelCardData(
-        base_model=base or None,
+        base_model=base if base and "/" in base else None,  # of a folder only its name is known
         license=license,
         library_name="gguf" if about["format"] == "gguf" else "transformers",
         pipeline_tag="text-generation",
@@ -142,6 +142,8 @@ def _losses(variants: Mapping[str, Any]) -> list[list[str]]:
                 gap = DomainLoss.from_dict(measured["domains"][domain]).minus(base)
                 shown = f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
                 rows.append([escaped(domain), escaped(name), f"{base.loss:.3f}", shown])
+    if not rows:
+        raise ValueError("The evaluation for the card has no texts in it: name one with domains.")
     return rows
 
 

@@ -101,7 +101,7 @@ def write(
         made = draft(model, "left out", family.as_llama is not None or settings.as_llama, settings.untie)
         if format == "gguf":
             own = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}[model.dtype]
-            return _gguf(made, tokenizer, folder / GGUF, settings.gguf_type or own)
+            return _gguf(made, tokenizer, folder / GGUF, own if settings.gguf_type is None else settings.gguf_type)
         return _written("nemotron-nas", write_nemotron_nas(made, folder, settings.max_shard_size), made)
     made = draft(model, "zero" if format == "compatible" else "refused", settings.as_llama, settings.untie)
     made.model.save_pretrained(folder, max_shard_size=settings.max_shard_size)

@@ -120,7 +120,7 @@ def prove(model: PreTrainedModel, folder: Path, batch: Batch, added: Mapping[Sit
 
 def _reopened(folder: Path, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the model in a folder does, in a process of its own."""
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".proof-") as place:
         asked, told = Path(place) / "inputs.safetensors", Path(place) / "outputs.safetensors"
         save_file(dict(inputs), asked)
         command = [sys.executable, "-I", reopen.__file__, str(folder), str(asked), str(told), str(NEW_TOKENS)]

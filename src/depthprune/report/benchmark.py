@@ -21,6 +21,8 @@ COLUMNS = (
 )
 """What is timed, with its unit."""
 
+SIDE_BY_SIDE = 4  # loads; of more the panels stand one above the other
+
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
     """Lower quartile, median and upper quartile."""
@@ -55,8 +57,9 @@ def ratios(row: Mapping[str, Any], name: str) -> list[float]:
 def benchmark_figure(content: Mapping[str, Any]) -> Figure:
     """Tokens per second of both models by load: medians with quartiles, and the median of the paired ratios."""
     rows = content["rows"]
-    figure = new_figure(3.6)
-    panels = figure.subplots(1, 2)
+    is_wide = len(rows) > SIDE_BY_SIDE
+    figure = new_figure(6.4 if is_wide else 3.6)
+    panels = figure.subplots(*((2, 1) if is_wide else (1, 2)))
     for axes, (title, name) in zip(panels, COLUMNS[1:], strict=True):
         for shift, side, colour in ((-0.2, "against", GREY), (0.2, "model", BLUE)):
             found = [spread(rates(row, side, name)) for row in rows]
@@ -73,11 +76,10 @@ def benchmark_figure(content: Mapping[str, Any]) -> Figure:
                 xytext=(0, 3),
                 textcoords="offset points",
                 ha="center",
-                fontsize=9,
+                fontsize=7.5 if is_wide else 9,
             )
-        axes.set_xticks(
-            range(len(rows)), [f"{row['load']['batch_size']} × {row['load']['prompt_tokens']}" for row in rows]
-        )
+        names = [f"{row['load']['batch_size']} × {row['load']['prompt_tokens']}" for row in rows]
+        axes.set_xticks(range(len(rows)), names, rotation=90 if is_wide else 0)
         axes.set_xlabel("sequences × tokens of the prompt", fontsize=9.5)
         axes.margins(y=0.14)
         tidy(axes, title.split(",")[0], ylabel="tokens per second")
