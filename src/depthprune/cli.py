@@ -25,6 +25,7 @@ COMMANDS = {
         "score sites; writes JSON, CSV, PNG and a TensorBoard figure",
     ),
     "prune": ("depthprune.commands.prune:prune", "make a plan from influence or site names, and the pruned model"),
+    "search": ("depthprune.commands.search:search", "the best plan under a budget over blocks, attentions and MLPs"),
     "evaluate": (
         "depthprune.commands.evaluate:evaluate",
         "score models beside the unpruned one, on tasks and text",

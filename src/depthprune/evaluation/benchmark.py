@@ -98,7 +98,7 @@ def measure(
     prompt = torch.randint(0, size, (load.batch_size, load.prompt_tokens), generator=generator)
     for turn in watch(range(repeats + 1)):
         for name in list(models)[:: -1 if turn % 2 else 1]:
-            reading, writing, cache = _run(models[name], prompt, load.new_tokens)
+            reading, writing, cache = read_and_write(models[name], prompt, load.new_tokens)
             if turn:
                 found[name].first_token.append(reading)
                 found[name].writing.append(writing)
@@ -109,17 +109,17 @@ def measure(
     return found
 
 
-def _run(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[float, float, DynamicCache]:
-    """Read a prompt and write behind it: the seconds of both, and the cache that is left."""
+def read_and_write(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[float, float, DynamicCache]:
+    """Read a prompt ``(B, T)`` and write behind it: the seconds of both, and the cache that is left."""
     device = input_device(model)
     ids, cache = prompt.to(device), DynamicCache(config=model.config)
     with evaluating(model):
-        start = _now(device)
+        start = now(device)
         ids = _step(model, ids, cache).argmax(-1)
-        middle = _now(device)
+        middle = now(device)
         for _ in range(new_tokens):
             ids = _step(model, ids, cache).argmax(-1)
-        return middle - start, _now(device) - middle, cache
+        return middle - start, now(device) - middle, cache
 
 
 def _step(model: Any, ids: Tensor, cache: DynamicCache) -> Tensor:
@@ -129,7 +129,8 @@ def _step(model: Any, ids: Tensor, cache: DynamicCache) -> Tensor:
     return logits
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -146,10 +147,10 @@ def _working_bytes(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> i
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        _run(model, prompt, new_tokens)
+        read_and_write(model, prompt, new_tokens)
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu":
         return None
     with Allocations([*model.parameters(), *model.buffers()]) as allocations:
-        _run(model, prompt, new_tokens)
+        read_and_write(model, prompt, new_tokens)
     return allocations.peak

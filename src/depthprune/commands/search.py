@@ -1,0 +1,275 @@
+"""``depthprune search``: the best plan under a budget, over blocks, attentions and MLPs."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from depthprune.anatomy import Anatomy, unpruned_fingerprint
+from depthprune.configuration import as_data, check_config
+from depthprune.data.module import one_text
+from depthprune.data.text import RoleShares, TextSource
+from depthprune.devices import start_fabric
+from depthprune.evaluation.benchmark import Load
+from depthprune.evaluation.figures import depth_diagram
+from depthprune.figures import write_figures
+from depthprune.files import make_folder, only_writer, read_json, write_json
+from depthprune.loading import PLAN_FILE, load
+from depthprune.names import unknown_name
+from depthprune.origin import origin
+from depthprune.progress import tracked
+from depthprune.report.html import write_page
+from depthprune.report.search import console_table, search_figure, search_report
+from depthprune.search.budget import Budget
+from depthprune.search.costs import Costs, measure_costs
+from depthprune.search.knapsack import check_reachable
+from depthprune.search.losses import OutOfTime, VariantLosses
+from depthprune.search.problem import Problem
+from depthprune.search.registry import SEARCHES
+from depthprune.search.space import NOTHING, Space
+from depthprune.search.standing import check_standing, fitted_standing
+from depthprune.sites import KINDS, PruningPlan, Removal, Site
+from depthprune.variants import Absent
+
+VERSION = 1
+RESULTS = "search.json"
+MEMORY = "losses.json"
+COSTS = "costs.json"
+REPEATS = 7  # of measuring latency
+
+
+def search(
+    model: str,
+    budget: str,
+    output: str,
+    text: TextSource = TextSource("xsum"),  # noqa: B008 -- frozen
+    method: str = "greedy",
+    kinds: Sequence[str] = KINDS,
+    replacement: str = "none",
+    options: dict[str, Any] | None = None,
+    load_of_latency: Load = Load(1, 128, 32),  # noqa: B008 -- frozen
+    sequences: int = 8,
+    calibration_sequences: int = 32,
+    sequence_length: int = 256,
+    batch_size: int = 2,
+    positions: float = 0.25,
+    minutes: float | None = None,
+    shares: RoleShares = RoleShares(),  # noqa: B008 -- frozen
+    seed: int = 0,
+    dtype: str = "auto",
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    accelerator: str = "auto",
+) -> None:
+    """Find what to remove so that a budget is kept and the loss rises least, and write plan.json.
+
+    What would stand in every site is fitted once, each as if it were the only one that goes, and counts toward the
+    budget. Every plan that is measured is remembered: a run that was stopped goes on with the same command, and what it
+    had found by then stands in plan.json.
+
+    Args:
+        model: an embedded model's name, a hub name or a folder.
+        budget: what the pruned model may take, as shares of the unpruned one's, such as "kv<=0.6 params<=0.85": params,
+            kv (bytes of keys and values per token), flops (per token) and latency (measured on this machine).
+        output: folder for plan.json, search.json, .md, .html and .png, costs.json and losses.json.
+        text: the text to search on, by its score role; its fit role gives what stands in the sites.
+        method: influence (per unit of budget), knapsack (exact, as if what sites cost alone added up), greedy
+            (estimated anew behind every step), beam or evolution.
+        kinds: what may go: block, attention, mlp.
+        replacement: what stands in the sites meanwhile: none, emulated_update, low_rank_adapter or linear.
+        options: its options, such as {rank: 16}.
+        load_of_latency: what latency is of: sequences at once, tokens of the prompt, tokens written behind it; flops
+            are those of the prompt.
+        sequences: how many sequences plans are measured on.
+        calibration_sequences: how many sequences replacements are fitted to.
+        sequence_length: tokens of a sequence.
+        batch_size: sequences of a batch.
+        positions: the share of each sequence's positions at which logits are made.
+        minutes: how long to measure at most, by all runs together; until the search is done if not given.
+        shares: shares of the documents for the four roles.
+        seed: of what is drawn.
+        dtype: auto (as saved), bfloat16, float16 or float32.
+        revision: branch, tag or commit on the hub.
+        attn_implementation: as in transformers, such as eager.
+        accelerator: as in Lightning: auto, cpu, gpu.
+    """
+    config = as_data(dict(locals()))
+    limits = Budget.parse(budget)
+    _check(method, kinds, positions, minutes)
+    folder = make_folder(output)
+    with only_writer(folder):
+        _check_same(folder, config)
+        causal_lm, _ = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
+        torch.nn.Module.to(causal_lm, start_fabric(accelerator).device)
+        check_standing(causal_lm, replacement, options or {})
+        data = one_text(
+            model,
+            text,
+            sequence_length,
+            batch_size,
+            shares,
+            revision,
+            score_sequences=sequences,
+            calibration_sequences=calibration_sequences,
+        )
+        loader = data.score_dataloader()
+        print(f"Searching for {limits} on {loader.token_count} tokens of {text.path}, {method}.", flush=True)
+        fit = data.calibration_dataloader() if replacement != "none" else None
+        standing = {} if fit is None else fitted_standing(causal_lm, kinds, replacement, options or {}, fit)
+        sites = Anatomy.of(causal_lm).sites(tuple(kinds))
+        settings = {
+            "weights": unpruned_fingerprint(causal_lm).weights,
+            "tokens": loader.fingerprint,
+            "fitted_to": None if fit is None else fit.fingerprint,
+            "replacement": replacement,
+            "options": options or {},
+            "positions": positions,
+            "batch_size": batch_size,
+            "seed": seed,
+            "dtype": str(causal_lm.dtype),
+            "attention": str(causal_lm.config._attn_implementation),
+        }
+        costs = _costs(folder, causal_lm, sites, standing, load_of_latency, limits)
+        space = Space(sites, costs, limits)
+        check_reachable(space)
+        losses = VariantLosses(
+            causal_lm,
+            list(loader),
+            standing,
+            settings,
+            folder / MEMORY,
+            positions,
+            seed,
+            None if minutes is None else 60 * minutes,
+            _watch,
+        )
+        content: dict[str, Any] = {
+            "depthprune_search": VERSION,
+            "config": config,
+            "tokens": loader.token_count,
+            "blocks": Anatomy.of(causal_lm).block_count,
+            "is_finished": False,
+            **origin(),
+        }
+        about = {
+            "by": "search",
+            "method": method,
+            "budget": str(limits),
+            "text": text.path,
+            "tokens": loader.token_count,
+            "seed": seed,
+            "bos": data.spec.bos is not None,
+            "standing": replacement,
+        }
+
+        def found(problem: Problem) -> None:
+            assert problem.best is not None
+            plan = _plan(problem.best, replacement, options or {}, causal_lm, about)
+            plan.save(folder / PLAN_FILE)
+            write_json(folder / RESULTS, content | _results(problem))
+
+        problem = Problem(space, losses, seed, found)
+        try:
+            problem.measure([NOTHING], "The unpruned model")
+            SEARCHES[method](problem)
+            content["is_finished"] = True
+        except OutOfTime:
+            print(f"The {minutes:g} minutes are over.", flush=True)
+        if problem.best is None:
+            raise ValueError(
+                f"No plan was measured in {minutes} minutes: run the same command with more of them, and it goes on."
+            )
+        content |= _results(problem)
+        write_json(folder / RESULTS, content)
+        write_figures(
+            folder,
+            {
+                "best loss by passes": ("search.png", search_figure(content)),
+                "sites removed": (
+                    "removed.png",
+                    depth_diagram({str(limits): list(map(Site.parse, content["sites"]))}, content["blocks"]),
+                ),
+            },
+        )
+        write_page(folder / "search.md", search_report(content), content)
+        Console().print(console_table(content))
+        print(f"Wrote {PLAN_FILE}, {RESULTS}, search.html, .md, .png, removed.png and TensorBoard's files to {folder}.")
+        command = ["depthprune", "prune", "--model", model, "--plan", str(folder / PLAN_FILE)]
+        print(f"Next: {shlex.join([*command, '--output', 'checkpoints/pruned'])}")
+
+
+def _check(method: str, kinds: Sequence[str], positions: float, minutes: float | None) -> None:
+    """Refuse settings that are out of range."""
+    if method not in SEARCHES:
+        raise unknown_name("method of search", method, SEARCHES)
+    for kind in kinds:
+        if kind not in KINDS:
+            raise unknown_name("kind of site", kind, KINDS)
+    if not kinds or len(set(kinds)) < len(kinds):
+        raise ValueError("kinds names what may go, each once: some of block, attention, mlp.")
+    if not 0 < positions <= 1:
+        raise ValueError(f"positions is {positions}: choose a share over 0 and up to 1.")
+    if minutes is not None and not 0 < minutes < float("inf"):
+        raise ValueError(f"minutes is {minutes}: give more than 0, or leave it out.")
+
+
+def _check_same(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a folder with results of another configuration; more time is none."""
+    if not (folder / RESULTS).exists():
+        return
+    content = read_json(folder / RESULTS, "a search's results")
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise ValueError(f"{folder / RESULTS} is no search of this version: remove it, or name another output.")
+    check_config(folder, "a search", {**content["config"], "minutes": None}, {**config, "minutes": None})
+
+
+def _watch(items: Iterable[None], label: str, total: int) -> Iterator[None]:
+    return tracked(items, label, total)
+
+
+def _costs(
+    folder: Path, model: PreTrainedModel, sites: Sequence[Site], standing: Any, load: Load, budget: Budget
+) -> Costs:
+    """The cost table: that of a run before, as latency is measured a little differently each time."""
+    path = folder / COSTS
+    if path.exists():
+        try:
+            return Costs.from_dict(read_json(path, "a cost table"))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: remove it.") from error
+    counted = ["params", "kv", "flops"]
+    measured = ["latency"] if "latency" in budget.limits else []
+    if measured:
+        print("Measuring how long each site takes.", flush=True)
+    costs = measure_costs(model, sites, standing, load, REPEATS, [*counted, *measured])
+    write_json(path, costs.to_dict())
+    return costs
+
+
+def _plan(
+    absent: Absent, replacement: str, options: Mapping[str, Any], model: PreTrainedModel, about: Mapping[str, Any]
+) -> PruningPlan:
+    removals = tuple(Removal((site,), replacement, options) for site in sorted(absent))
+    return PruningPlan(removals, unpruned_fingerprint(model), about)
+
+
+def _results(problem: Problem) -> dict[str, Any]:
+    """What was found so far, as JSON-ready data."""
+    assert problem.best is not None
+    losses = problem.losses([NOTHING, problem.best], "")
+    return {
+        "sites": [str(site) for site in sorted(problem.best)],
+        "loss": problem.best_loss,
+        "unpruned_loss": losses[NOTHING],
+        "shares": problem.space.shares(problem.best),
+        "limits": dict(problem.space.budget.limits),
+        "passes": problem.losses.asked,
+        "seconds": problem.losses.spent,
+        "history": problem.history,
+    }

@@ -1,0 +1,59 @@
+"""What a search works on: the plans to choose from, their losses, and the best one so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from depthprune.search.losses import VariantLosses
+from depthprune.search.space import NOTHING, Space
+from depthprune.variants import Absent
+
+
+@dataclass
+class Problem:
+    """One search under way.
+
+    Attributes:
+        space: the plans.
+        losses: measures them.
+        seed: of what a search draws.
+        found: called with each new best plan.
+        best: the plan within the budget with the lowest loss on all batches so far.
+        best_loss: its loss, nats per token.
+        history: of each new best plan, its loss and how many passes it took.
+    """
+
+    space: Space
+    losses: VariantLosses
+    seed: int = 0
+    found: Callable[[Problem], None] = lambda _: None
+    best: Absent | None = None
+    best_loss: float = float("inf")
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def measure(self, plans: Sequence[Absent], label: str, batches: int | None = None) -> dict[Absent, float]:
+        """Losses of plans; those over all batches may become the best one.
+
+        Args:
+            plans: by what they remove.
+            label: what they are measured for.
+            batches: over so many of the first batches; all if not given.
+        """
+        losses = self.losses(plans, label, batches)
+        if batches is None:
+            for plan, loss in losses.items():
+                if loss < self.best_loss and plan and self.space.allows(plan):
+                    self.best, self.best_loss = plan, loss
+                    self.history.append({"passes": self.losses.asked, "loss": loss})
+                    self.found(self)
+        return losses
+
+    def prices(self) -> dict[Absent, float]:
+        """By how much the loss rises for each choice at a block alone; of two halves, their rises together."""
+        choices = [choice for some in self.space.choices.values() for choice in some]
+        single = list(dict.fromkeys(choice for choice in choices if len(choice) <= 1))
+        losses = self.measure(single, "Each site alone")
+        rises = {choice: losses[choice] - losses[NOTHING] for choice in single}
+        return {choice: sum(rises[frozenset({site})] for site in choice) for choice in choices}
