@@ -59,9 +59,11 @@ def _solve(space: Space, prices: Prices, is_soft: bool = False) -> Absent | None
     count, slacks = len(choices), len(limits) if is_soft else 0
     saved = np.array([[1 - space.shares(choice)[name] for _, choice in choices] for name in limits])
     one_each = np.array([[place == index for place, _ in choices] for index in space.choices], dtype=float)
+    gone = np.array([[float(space.is_gone(choice)) for _, choice in choices] + [0.0] * slacks])
     passed = np.eye(len(limits))[:, :slacks]
     constraints = [
         LinearConstraint(np.hstack([one_each, np.zeros((len(one_each), slacks))]), ub=1),
+        LinearConstraint(gone, ub=len(space.choices) - 1),
         LinearConstraint(np.hstack([saved, passed]), lb=[1 - limit for limit in limits.values()]),
     ]
     price = [0.0] * count if is_soft else [prices.get(choice, 0.0) for _, choice in choices]

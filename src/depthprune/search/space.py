@@ -58,6 +58,14 @@ class Space:
         """A plan with another choice at one block."""
         return frozenset(site for site in absent if site.index != index) | choice
 
+    def is_gone(self, choice: Absent) -> bool:
+        """Whether a choice leaves nothing of its block."""
+        return any(site.kind == "block" for site in choice) or len(choice) == 2
+
+    def leaves_a_block(self, absent: Absent) -> bool:
+        """Whether a plan leaves something of some block, as a model needs."""
+        return not all(self.is_gone(self.choice(absent, index)) for index in self.choices)
+
     def steps(self, absent: Absent) -> list[Absent]:
         """Every plan that removes more of one block and comes closer to the budget."""
         distance = self.distance(absent)
@@ -67,7 +75,7 @@ class Space:
             for choice in choices:
                 if now != choice and _holds(choice, now):
                     plan = self.replaced(absent, index, choice)
-                    if self.distance(plan) < distance:
+                    if self.distance(plan) < distance and self.leaves_a_block(plan):
                         found.append(plan)
         return found
 
