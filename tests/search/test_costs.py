@@ -9,11 +9,12 @@ from transformers import DynamicCache, PreTrainedModel
 from depthprune.anatomy import Anatomy
 from depthprune.evaluation.benchmark import Load
 from depthprune.pruning import prune
+from depthprune.replacements.maps import Linear
+from depthprune.replacements.registry import build_replacement
 from depthprune.search.costs import Costs, measure_costs
 from depthprune.search.flops import module_flops
-from depthprune.search.standing import fitted_standing
-from depthprune.sites import KINDS, PruningPlan, Site
-from tests.tiny_models import BLOCKS, FAMILIES, MIXTURES, WIDTH, calibration, tiny_model
+from depthprune.sites import PruningPlan, Site
+from tests.tiny_models import BLOCKS, FAMILIES, MIXTURES, WIDTH, tiny_model
 
 LOAD = Load(1, 16, 2)
 COUNTED = ("params", "kv", "flops")
@@ -21,8 +22,9 @@ PLAN = ("attention.1", "block.2", "mlp.4")
 
 
 def table(model: PreTrainedModel, standing: str = "none", **options: object) -> Costs:
-    stands = fitted_standing(model, KINDS, standing, options, calibration())
-    return measure_costs(model, Anatomy.of(model).sites(), stands, LOAD, 1, COUNTED)
+    return measure_costs(
+        model, Anatomy.of(model).sites(), build_replacement(standing, WIDTH, options), LOAD, 1, COUNTED
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -75,26 +77,31 @@ def test_experts_count_by_how_many_a_token_takes(family: str) -> None:
         ("emulated_update", {}, WIDTH, 0),
         ("linear", {}, WIDTH * WIDTH + WIDTH, 2 * WIDTH * WIDTH),
         ("low_rank_adapter", {"rank": 3}, 2 * 3 * WIDTH + WIDTH, 4 * 3 * WIDTH),
+        ("scaled_update", {}, 1 + WIDTH, 0),
+        ("additive_bias", {}, WIDTH, 0),
+        ("refit", {"map": "linear"}, WIDTH * WIDTH + WIDTH, 2 * WIDTH * WIDTH),
     ],
 )
 def test_what_stands_in_a_site_counts(
     standing: str, options: dict[str, object], numbers: float, operations: float
 ) -> None:
     costs = table(tiny_model(), standing, **options)
-    assert set(costs.standing) == set(Anatomy.of(tiny_model()).sites())
-    for amounts in costs.standing.values():
-        assert amounts.get("params") == numbers
-        assert amounts.get("flops") == operations
+    assert costs.standing == {"params": numbers, "flops": operations}
     site = Site(2, "mlp")
     saved = (costs.sites[site]["params"] - numbers) / costs.unpruned["params"]
     assert costs.shares([site])["params"] == pytest.approx(1 - saved)
 
 
+def test_a_refit_takes_nothing() -> None:
+    assert table(tiny_model(), "refit").standing == {}
+
+
 def test_latency_adds_up() -> None:
     model = tiny_model()
-    costs = measure_costs(model, Anatomy.of(model).sites(), {}, LOAD, 3, ["latency"])
+    costs = measure_costs(model, Anatomy.of(model).sites(), Linear(WIDTH), LOAD, 3, ["latency"])
     halves = sum(costs.sites[Site(2, kind)]["latency"] for kind in ("attention", "mlp"))
     assert 0 < halves < costs.sites[Site(2, "block")]["latency"] < costs.unpruned["latency"]
+    assert costs.standing["latency"] > 0
     alike = {costs.sites[Site(index, "attention")]["latency"] for index in range(BLOCKS)}
     assert len(alike) == 1
     assert not any(module._forward_hooks for module in model.modules())

@@ -23,7 +23,7 @@ from depthprune.search.problem import Problem
 from depthprune.search.registry import SEARCHES
 from depthprune.search.space import NOTHING, Space
 from depthprune.search.standing import fitted_standing
-from depthprune.sites import KINDS, PruningPlan, Site
+from depthprune.sites import KINDS, PruningPlan, Removal, Site
 from depthprune.variants import Absent
 from tests.tiny_models import BLOCKS, calibration, tiny_batch, tiny_model
 
@@ -32,7 +32,7 @@ BUDGETS = ("params<=0.7", "kv<=0.5", "params<=0.8 kv<=0.6", "flops<=0.7 kv<=0.7 
 
 def costs_of(kinds: tuple[str, ...] = KINDS) -> Costs:
     model = tiny_model()
-    return measure_costs(model, Anatomy.of(model).sites(kinds), {}, Load(1, 16, 2), 1, ("params", "kv", "flops"))
+    return measure_costs(model, Anatomy.of(model).sites(kinds), None, Load(1, 16, 2), 1, ("params", "kv", "flops"))
 
 
 def space_of(budget: str, kinds: tuple[str, ...] = KINDS) -> Space:
@@ -110,7 +110,7 @@ def batches() -> list[dict[str, torch.Tensor]]:
 
 def losses_in(folder: Path, standing: str = "none", **options: Any) -> VariantLosses:
     model = tiny_model()
-    stands = fitted_standing(model, KINDS, standing, {}, calibration())
+    stands = fitted_standing(model, KINDS, Removal((Site(0, "block"),), standing), calibration())
     return VariantLosses(model, batches(), stands, {"seed": 0}, folder / "losses.json", **options)
 
 
@@ -151,7 +151,9 @@ def test_a_search_finds_a_good_plan(name: str, tmp_path: Path, all_losses: dict[
     assert space.allows(problem.best)
     assert problem.best_loss == pytest.approx(all_losses[problem.best], rel=1e-6)
     better = sum(loss < problem.best_loss - 1e-9 for loss in all_losses.values())
-    assert better <= (0.5 if name in ("influence", "knapsack") else 0.05) * len(all_losses)  # of all plans within the budget
+    assert better <= (0.5 if name in ("influence", "knapsack") else 0.05) * len(
+        all_losses
+    )  # of all plans within the budget
     assert [entry["loss"] for entry in problem.history] == sorted(
         (entry["loss"] for entry in problem.history), reverse=True
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from depthprune.loading import PLAN_FILE, load
 from depthprune.names import unknown_name
 from depthprune.origin import origin
 from depthprune.progress import tracked
+from depthprune.recovery.closed_form import check_closed_form
+from depthprune.replacements.base import Replacement
+from depthprune.replacements.registry import build_replacement
 from depthprune.report.html import write_page
 from depthprune.report.search import console_table, search_figure, search_report
 from depthprune.search.budget import Budget
@@ -33,9 +37,8 @@ from depthprune.search.losses import OutOfTime, VariantLosses
 from depthprune.search.problem import Problem
 from depthprune.search.registry import SEARCHES
 from depthprune.search.space import NOTHING, Space
-from depthprune.search.standing import check_standing, fitted_standing
+from depthprune.search.standing import fitted_standing, standing_of
 from depthprune.sites import KINDS, PruningPlan, Removal, Site
-from depthprune.variants import Absent
 
 VERSION = 1
 RESULTS = "search.json"
@@ -53,6 +56,7 @@ def search(
     kinds: Sequence[str] = KINDS,
     replacement: str = "none",
     options: dict[str, Any] | None = None,
+    standing: str | None = None,
     load_of_latency: Load = Load(1, 128, 32),  # noqa: B008 -- frozen
     sequences: int = 8,
     calibration_sequences: int = 32,
@@ -82,8 +86,10 @@ def search(
         method: influence (per unit of budget), knapsack (exact, as if what sites cost alone added up), greedy
             (estimated anew behind every step), beam or evolution.
         kinds: what may go: block, attention, mlp.
-        replacement: what stands in the sites meanwhile: none, emulated_update, low_rank_adapter or linear.
+        replacement: what the plan puts into the sites, which counts toward the budget.
         options: its options, such as {rank: 16}.
+        standing: what stands in the sites while plans are compared: none, emulated_update, low_rank_adapter or linear;
+            the replacement itself if not given, and for one that changes kept layers a linear map.
         load_of_latency: what latency is of: sequences at once, tokens of the prompt, tokens written behind it; flops
             are those of the prompt.
         sequences: how many sequences plans are measured on.
@@ -107,7 +113,11 @@ def search(
         _check_same(folder, config)
         causal_lm, _ = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
         torch.nn.Module.to(causal_lm, start_fabric(accelerator).device)
-        check_standing(causal_lm, replacement, options or {})
+        anatomy = Anatomy.of(causal_lm)
+        like = Removal((Site(0, "block"),), replacement, options or {})
+        check_closed_form(PruningPlan((like,)))
+        counted = build_replacement(replacement, anatomy.hidden_size, like.options)
+        meanwhile = standing_of(like, standing)
         data = one_text(
             model,
             text,
@@ -120,28 +130,27 @@ def search(
         )
         loader = data.score_dataloader()
         print(f"Searching for {limits} on {loader.token_count} tokens of {text.path}, {method}.", flush=True)
-        fit = data.calibration_dataloader() if replacement != "none" else None
-        standing = {} if fit is None else fitted_standing(causal_lm, kinds, replacement, options or {}, fit)
-        sites = Anatomy.of(causal_lm).sites(tuple(kinds))
+        fit = data.calibration_dataloader() if meanwhile.replacement != "none" else None
+        fitted = {} if fit is None else fitted_standing(causal_lm, kinds, meanwhile, fit)
+        sites = anatomy.sites(tuple(kinds))
         settings = {
             "weights": unpruned_fingerprint(causal_lm).weights,
             "tokens": loader.fingerprint,
             "fitted_to": None if fit is None else fit.fingerprint,
-            "replacement": replacement,
-            "options": options or {},
+            "standing": [meanwhile.replacement, dict(meanwhile.options)],
             "positions": positions,
             "batch_size": batch_size,
             "seed": seed,
             "dtype": str(causal_lm.dtype),
             "attention": str(causal_lm.config._attn_implementation),
         }
-        costs = _costs(folder, causal_lm, sites, standing, load_of_latency, limits)
+        costs = _costs(folder, causal_lm, sites, counted, load_of_latency, limits)
         space = Space(sites, costs, limits)
         check_reachable(space)
         losses = VariantLosses(
             causal_lm,
             list(loader),
-            standing,
+            fitted,
             settings,
             folder / MEMORY,
             positions,
@@ -153,7 +162,8 @@ def search(
             "depthprune_search": VERSION,
             "config": config,
             "tokens": loader.token_count,
-            "blocks": Anatomy.of(causal_lm).block_count,
+            "blocks": anatomy.block_count,
+            "standing": meanwhile.replacement,
             "is_finished": False,
             **origin(),
         }
@@ -165,13 +175,13 @@ def search(
             "tokens": loader.token_count,
             "seed": seed,
             "bos": data.spec.bos is not None,
-            "standing": replacement,
+            "standing": meanwhile.replacement,
         }
 
         def found(problem: Problem) -> None:
             assert problem.best is not None
-            plan = _plan(problem.best, replacement, options or {}, causal_lm, about)
-            plan.save(folder / PLAN_FILE)
+            removals = tuple(replace(like, sites=(site,)) for site in sorted(problem.best))
+            PruningPlan(removals, unpruned_fingerprint(causal_lm), about).save(folder / PLAN_FILE)
             write_json(folder / RESULTS, content | _results(problem))
 
         problem = Problem(space, losses, seed, found)
@@ -234,7 +244,12 @@ def _watch(items: Iterable[None], label: str, total: int) -> Iterator[None]:
 
 
 def _costs(
-    folder: Path, model: PreTrainedModel, sites: Sequence[Site], standing: Any, load: Load, budget: Budget
+    folder: Path,
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    standing: Replacement | None,
+    load: Load,
+    budget: Budget,
 ) -> Costs:
     """The cost table: that of a run before, as latency is measured a little differently each time."""
     path = folder / COSTS
@@ -250,13 +265,6 @@ def _costs(
     costs = measure_costs(model, sites, standing, load, REPEATS, [*counted, *measured])
     write_json(path, costs.to_dict())
     return costs
-
-
-def _plan(
-    absent: Absent, replacement: str, options: Mapping[str, Any], model: PreTrainedModel, about: Mapping[str, Any]
-) -> PruningPlan:
-    removals = tuple(Removal((site,), replacement, options) for site in sorted(absent))
-    return PruningPlan(removals, unpruned_fingerprint(model), about)
 
 
 def _results(problem: Problem) -> dict[str, Any]:

@@ -55,6 +55,10 @@ def counts_text(sites: list[str]) -> str:
     )
 
 
+def _in_words(replacement: str) -> str:
+    return "nothing" if replacement == "none" else replacement.replace("_", " ")
+
+
 def _rows(content: Mapping[str, Any]) -> list[list[str]]:
     return [
         [f"{name} ({RESOURCES[name]})", f"{share:.3f}", f"{limit:g}" if (limit := content["limits"].get(name)) else "–"]
@@ -69,10 +73,11 @@ def search_report(content: Mapping[str, Any]) -> str:
         content: of search.json.
     """
     config = content["config"]
-    standing = "nothing" if config["replacement"] == "none" else config["replacement"].replace("_", " ")
+    standing, replacement = (_in_words(name) for name in (content["standing"], config["replacement"]))
+    other = "" if standing == replacement else f" (the plan has {escaped(replacement)})"
     parts = [
         f"# A plan for {escaped(config['model'])} within {escaped(config['budget'])}",
-        f"Without {counts_text(content['sites'])}, and with {escaped(standing)} in their place, the loss on the "
+        f"Without {counts_text(content['sites'])}, and with {escaped(standing)} in their place{other}, the loss on the "
         f"{content['tokens']:,} tokens that were searched on is {content['loss']:.3f} nats per token; the unpruned "
         f"model's is {content['unpruned_loss']:.3f}. The text was searched on, so what the plan is worth has to be "
         "measured on another.",

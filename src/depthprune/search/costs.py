@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ from transformers import PreTrainedModel
 from depthprune.anatomy import Anatomy
 from depthprune.evaluation.benchmark import Load, read_and_write
 from depthprune.head import input_device
+from depthprune.replacements.base import Replacement
 from depthprune.search.budget import RESOURCES
 from depthprune.search.flops import module_flops
 from depthprune.search.latency import site_seconds, standing_seconds
 from depthprune.sites import Site
-from depthprune.variants import Standing
 
 Amounts = Mapping[str, float]
 """By resource."""
@@ -31,12 +32,12 @@ class Costs:
     Attributes:
         unpruned: what the unpruned model takes.
         sites: what goes with each site.
-        standing: what comes with what stands in each site; nothing where a site is not named.
+        standing: what comes with what stands in a site; empty for nothing.
     """
 
     unpruned: Amounts
     sites: Mapping[Site, Amounts]
-    standing: Mapping[Site, Amounts]
+    standing: Amounts = field(default_factory=dict)
 
     @property
     def resources(self) -> tuple[str, ...]:
@@ -45,9 +46,8 @@ class Costs:
 
     def saved(self, site: Site) -> dict[str, float]:
         """By how much a site's removal lowers each resource, as a share of the unpruned model's."""
-        back = self.standing.get(site, {})
         return {
-            resource: (self.sites[site][resource] - back.get(resource, 0.0)) / amount
+            resource: (self.sites[site][resource] - self.standing.get(resource, 0.0)) / amount
             for resource, amount in self.unpruned.items()
         }
 
@@ -61,20 +61,20 @@ class Costs:
         return {
             "unpruned": dict(self.unpruned),
             "sites": {str(site): dict(amounts) for site, amounts in self.sites.items()},
-            "standing": {str(site): dict(amounts) for site, amounts in self.standing.items()},
+            "standing": dict(self.standing),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Costs:
         """Read what :meth:`to_dict` gave."""
-        tables = ({Site.parse(site): amounts for site, amounts in data[name].items()} for name in ("sites", "standing"))
-        return cls(data["unpruned"], *tables)
+        sites = {Site.parse(site): dict(amounts) for site, amounts in data["sites"].items()}
+        return cls(dict(data["unpruned"]), sites, dict(data["standing"]))
 
 
 def measure_costs(
     model: PreTrainedModel,
     sites: Sequence[Site],
-    standing: Standing,
+    standing: Replacement | None,
     load: Load,
     repeats: int,
     resources: Iterable[str] = tuple(RESOURCES),
@@ -84,7 +84,7 @@ def measure_costs(
     Args:
         model: the unpruned model.
         sites: its sites.
-        standing: what would stand in them.
+        standing: what would stand in each; it need not be fitted.
         load: what latency is of; operations are those of its prompt.
         repeats: how often latency is measured.
         resources: which to find out, as measuring takes a while and counting does not.
@@ -92,14 +92,14 @@ def measure_costs(
     chains = {site: Anatomy.of(model).chain(site) for site in sites}
     unpruned: dict[str, float] = {}
     taken: dict[Site, dict[str, float]] = {site: {} for site in sites}
-    back: dict[Site, dict[str, float]] = {site: {} for site in standing}
+    back: dict[str, float] = {}
     for resource in resources:
         if resource == "params":
             unpruned[resource] = _numbers([model])
             for site, chain in chains.items():
                 taken[site][resource] = _numbers(chain)
-            for site, replacement in standing.items():
-                back[site][resource] = _standing_numbers(replacement, Anatomy.of(model).hidden_size)
+            if standing is not None:
+                back[resource] = _standing_numbers(standing, Anatomy.of(model).hidden_size)
         elif resource == "kv":
             layers = _cached(model)
             unpruned[resource] = sum(layers)
@@ -111,18 +111,14 @@ def measure_costs(
             unpruned[resource], counts = module_flops(model, load.prompt_tokens, [module for _, module in modules])
             for (site, _), count in zip(modules, counts, strict=True):
                 taken[site][resource] = taken[site].get(resource, 0) + count
-            for site, replacement in standing.items():
-                back[site][resource] = _standing_flops(model, replacement)
+            if standing is not None:
+                back[resource] = _standing_flops(model, standing)
         else:
             unpruned[resource], seconds = site_seconds(model, sites, load, repeats)
             for site, each in seconds.items():
                 taken[site][resource] = each
-            likes: dict[object, float] = {}
-            for site, replacement in standing.items():
-                like = (type(replacement), _numbers([replacement]))
-                if like not in likes:
-                    likes[like] = standing_seconds(model, replacement, load, repeats)
-                back[site][resource] = likes[like]
+            if standing is not None:
+                back[resource] = standing_seconds(model, standing, load, repeats)
     return Costs(unpruned, taken, back)
 
 
@@ -132,7 +128,7 @@ def _numbers(modules: Iterable[nn.Module]) -> int:
 
 def _standing_numbers(replacement: nn.Module, hidden_size: int) -> int:
     """The matrices of what stands in a site, and one constant, into which the mean of what is read goes."""
-    has_constant = any(parameter.dim() == 1 for parameter in replacement.parameters())
+    has_constant = any(parameter.shape == (hidden_size,) for parameter in replacement.parameters())
     return _numbers([replacement]) + (0 if has_constant else hidden_size)
 
 
@@ -145,6 +141,7 @@ def _cached(model: PreTrainedModel) -> list[float]:
 
 def _standing_flops(model: PreTrainedModel, replacement: nn.Module) -> float:
     read = torch.zeros(1, 1, Anatomy.of(model).hidden_size, dtype=model.dtype, device=input_device(model))
+    frozen = copy.deepcopy(replacement).requires_grad_(False)  # the counter follows gradients
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        replacement(read)
+        frozen(read)
     return float(counter.get_total_flops())

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedModel
 
 from depthprune.anatomy import Anatomy
 from depthprune.head import Batch
+from depthprune.names import unknown_name
 from depthprune.pruning import swapped
 from depthprune.recovery.fitting import Fitting
 from depthprune.replacements.base import Replacement
-from depthprune.replacements.registry import build_replacement
-from depthprune.sites import PruningPlan, Site
+from depthprune.sites import PruningPlan, Removal, Site
 from depthprune.surgery import site_slots
 from depthprune.variants import Standing
 
@@ -24,8 +24,7 @@ IN_SITES = ("none", "emulated_update", "low_rank_adapter", "linear")
 def fitted_standing(
     model: PreTrainedModel,
     kinds: Sequence[str],
-    replacement: str,
-    options: Mapping[str, Any],
+    like: Removal,
     batches: Iterable[Batch],
 ) -> Standing:
     """What stands in each site wherever it is absent, in closed form from the unpruned model's stream.
@@ -33,18 +32,17 @@ def fitted_standing(
     Args:
         model: the unpruned model; afterwards what it was.
         kinds: of the sites.
-        replacement: a name from :data:`IN_SITES`.
-        options: its options.
+        like: a removal with the same replacement, one from :data:`IN_SITES`.
         batches: the text that is fitted to.
     """
-    if replacement == "none":
+    if like.replacement == "none":
         return {}
     batches = list(batches)
     found: dict[Site, Replacement] = {}
     for kind in kinds:
         sites = Anatomy.of(model).sites((kind,))
         for some in (sites[::2], sites[1::2]):  # not every block can go at once
-            plan = PruningPlan.of(*some, replacement=replacement, **options)
+            plan = PruningPlan.of(*some, replacement=like.replacement, **like.options)
             with swapped(model, plan, batches, Fitting(order="independent")):
                 for site, slot in site_slots(model, plan).items():
                     assert isinstance(slot.replacement, Replacement)
@@ -52,15 +50,19 @@ def fitted_standing(
     return found
 
 
-def check_standing(model: PreTrainedModel, replacement: str, options: Mapping[str, Any]) -> None:
-    """Refuse what cannot stand in a site, before anything is measured.
+def standing_of(removal: Removal, standing: str | None) -> Removal:
+    """What stands in sites while plans with a replacement are compared, as a removal of any site.
+
+    Args:
+        removal: the replacement, and its options.
+        standing: what stands there instead; the replacement itself if not given, and where it is none that stands in
+            sites, a linear map, which comes closest to what kept layers can make up for.
 
     Raises:
-        ValueError: there is no such replacement or option, or it changes other parts of the model.
+        ValueError: it is none that is fitted for each site by itself.
     """
-    build_replacement(replacement, Anatomy.of(model).hidden_size, options)
-    if replacement not in IN_SITES:
-        raise ValueError(
-            f"{replacement} is not what a search can put into sites: choose one of {', '.join(IN_SITES)}, and give the "
-            "plan that was found to `depthprune prune` or `fit` with another replacement."
-        )
+    if standing is None:
+        return removal if removal.replacement in IN_SITES else replace(removal, replacement="linear", options={})
+    if standing not in IN_SITES:
+        raise unknown_name("replacement to compare plans with", standing, IN_SITES)
+    return replace(removal, replacement=standing, options=removal.options if standing == removal.replacement else {})
