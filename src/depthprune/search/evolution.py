@@ -25,7 +25,7 @@ def evolve(problem: Problem) -> None:
     """
     prices = problem.prices()
     random = np.random.default_rng(problem.seed)
-    first = cheapest(problem.space, prices)
+    first = problem.space.trimmed(cheapest(problem.space, prices), prices)
     parents: dict[Absent, float] = problem.measure([first], "The knapsack's plan")
     seen = {first}
     count = len(problem.losses.batches)

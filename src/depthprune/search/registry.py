@@ -17,7 +17,8 @@ def by_knapsack(problem: Problem) -> None:
     Args:
         problem: the search; its best plan is the result.
     """
-    problem.measure([cheapest(problem.space, problem.prices())], "The plan")
+    prices = problem.prices()
+    problem.measure([problem.space.trimmed(cheapest(problem.space, prices), prices)], "The plan")
 
 
 SEARCHES: dict[str, Callable[[Problem], None]] = {
