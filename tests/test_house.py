@@ -30,6 +30,8 @@ LAYERS = [
         "covariances",
     },
     {
+        "weight_files",
+        "block_progress",
         "configuration",
         "recovery.regression",
         "search.budget",
@@ -108,7 +110,7 @@ LAYERS = [
         "recovery.shared_prefix",
         "plotting",
     },
-    {"export.custom_code", "export.nemotron_nas", "export.gguf_file"},
+    {"offload", "export.custom_code", "export.nemotron_nas", "export.gguf_file"},
     {"export.formats"},
     {
         "influence.choice_costs",
@@ -125,6 +127,7 @@ LAYERS = [
     {"influence.iterative", "recovery.figures"},
     {"influence.registry"},
     {"influence.estimate"},
+    {"influence.offloaded"},
     {"data.module", "pruning", "recovery.module", "evaluation.curve", "evaluation.paired"},
     {
         "search.standing",

@@ -228,6 +228,24 @@ def check_new_folder(folder: Path | str) -> Path:
     return folder
 
 
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse a disk with too little room for what is to be written.
+
+    Args:
+        folder: on the disk.
+        needed: bytes.
+
+    Raises:
+        ValueError: there is too little.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"{_shown(folder)} has room for {free / 1e9:.2f} GB, and {needed / 1e9:.2f} GB are to be written: free "
+            "some space or name another place."
+        )
+
+
 @contextmanager
 def whole_folder(folder: Path | str) -> Iterator[Path]:
     """A temporary folder that becomes ``folder`` when the block ends without an exception.

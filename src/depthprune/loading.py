@@ -61,18 +61,18 @@ def load(
     Raises:
         ValueError: there is no such model, its family is not known, or it is quantised. Code from the hub is never run.
     """
-    source = _resolve(name, revision)
+    source = resolve(name, revision)
     torch_dtype = parse_dtype(dtype)
     if device_map == "meta":
         raise ValueError("device_map is meta, which has no weights: choose auto, cpu or a device of yours.")
-    config = _config_dict(source, revision)
+    config = config_dict(source, revision)
     if config.get("model_type") == MODEL_TYPE:
         folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source, revision=revision))
         model = _load_pruned(folder, config, torch_dtype, device_map, attn_implementation)
     else:
-        _refuse_custom_code(name, config)
+        refuse_custom_code(name, config)
         family_of(config.get("model_type", "without model_type"))
-        _refuse_lossy_folder(name, config)
+        refuse_lossy_folder(name, config)
         refuse_quantised(config.get("quantization_config"))
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -108,7 +108,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     Raises:
         ValueError: there is no such model, or it has no tokenizer.
     """
-    source = _resolve(name, revision)
+    source = resolve(name, revision)
     try:
         content, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
         config = _base_config(content) if content.get("model_type") == MODEL_TYPE else None
@@ -186,7 +186,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     return getattr(torch, dtype)
 
 
-def _refuse_custom_code(name: str | Path, config: dict[str, Any]) -> None:
+def refuse_custom_code(name: str | Path, config: dict[str, Any]) -> None:
     """Refuse a folder with a modelling file that an export wrote."""
     if str(config.get("model_type")).startswith((CUSTOM_CODE_PREFIX, "nemotron-nas")):
         raise ValueError(
@@ -195,7 +195,7 @@ def _refuse_custom_code(name: str | Path, config: dict[str, Any]) -> None:
         )
 
 
-def _refuse_lossy_folder(name: str | Path, config: dict[str, Any]) -> None:
+def refuse_lossy_folder(name: str | Path, config: dict[str, Any]) -> None:
     """Refuse a folder that claims to be a plain model, although what stands in the removed sites is not in it."""
     record = config.get("depthprune")
     plan = record.get("plan") if isinstance(record, dict) else None
@@ -213,7 +213,7 @@ def _check_weights(name: str | Path, model: PreTrainedModel, found: dict[str, An
     check_filled(name, found, beyond)
 
 
-def _resolve(name: str | Path, revision: str | None) -> str:
+def resolve(name: str | Path, revision: str | None) -> str:
     """An embedded name's folder, an existing folder, or a hub name, as transformers takes it."""
     text = str(name)
     if not text.strip():
@@ -233,7 +233,12 @@ def _resolve(name: str | Path, revision: str | None) -> str:
     return text
 
 
-def _config_dict(source: str, revision: str | None) -> dict[str, Any]:
+def config_dict(source: str, revision: str | None) -> dict[str, Any]:
+    """The content of a model's config.json.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
     try:
         config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
     except (OSError, HFValidationError, AttributeError, TypeError, RecursionError) as error:

@@ -91,7 +91,7 @@ def estimate_influence(
     one_pass = bool(static) or "angular" in metrics
     passes = one_pass + bool(gradient) + bool(attention) + len(groups) + bool(adaptive) + rounds
     text = _Text(model, batches, passes, watch, saved)
-    found = _Findings()
+    found = Findings()
     if adaptive:  # what is refused is refused before the first pass
         ablation = AblationInfluence(model, sites, adaptive, sampling, resamples=RESAMPLES)
         check_rounds(sites, rounds)
@@ -137,7 +137,7 @@ def estimate_influence(
         about["run_length"] = run_length
         if run_length > 1 and len(anatomy.kept_blocks) < anatomy.block_count:
             about["kept_blocks"] = list(anatomy.kept_blocks)
-    return _table(found, metrics, unpruned_fingerprint(model), about)
+    return table_of(found, metrics, unpruned_fingerprint(model), about)
 
 
 class _Text:
@@ -192,7 +192,7 @@ def _counted(batches: Iterable[Batch], tokens: SumMetric) -> Iterator[Batch]:
 
 
 @dataclass
-class _Findings:
+class Findings:
     """What the passes found: sums over the text by metric, values without a standard error, and mean updates."""
 
     sums: dict[str, tuple[Sequence[Site], ClusterTotals, Ratio]] = field(default_factory=dict)
@@ -232,7 +232,7 @@ def _check_names(metrics: Sequence[str], kinds: Sequence[str], run_length: int) 
 
 
 def _score_static(
-    found: _Findings,
+    found: Findings,
     model: PreTrainedModel,
     text: _Text,
     sites: Sequence[Site],
@@ -264,9 +264,20 @@ def _score_static(
         found.sums["angular"] = (turned.sites, turned.sums.whole(), mean)
 
 
-def _table(
-    found: _Findings, metrics: Sequence[str], fingerprint: Fingerprint, about: Mapping[str, object]
+def table_of(
+    found: Findings, metrics: Sequence[str], fingerprint: Fingerprint, about: Mapping[str, object]
 ) -> InfluenceTable:
+    """The table of what the passes found.
+
+    Args:
+        found: by the passes.
+        metrics: in the order of the table's columns.
+        fingerprint: of the model.
+        about: where the values came from.
+
+    Raises:
+        ValueError: a sampled metric never drew some site, or a value is not finite.
+    """
     values, errors, steady = dict(found.values), {}, {}
     for metric, (sites, totals, ratio) in found.sums.items():
         column, deviations = totals.estimates(ratio)

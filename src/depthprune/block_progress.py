@@ -1,0 +1,85 @@
+"""What is kept on disk after every block that a model larger than memory went through, to go on from there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from depthprune.files import check_space, whole_file
+
+SETTINGS = "settings"
+
+
+class BlockProgress:
+    """The streams behind the last block that is done, and what was found so far, in one file.
+
+    Args:
+        path: the file.
+        settings: what they depend on; those of a run with other ones are not taken up.
+
+    Attributes:
+        done: how many blocks are done.
+        streams: of each batch, ``(B, T, D)``; empty before the first save.
+        found: what was found so far, by name.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.settings = json.dumps(settings, sort_keys=True, default=str)
+        self.done = 0
+        self.streams: list[Tensor] = []
+        self.found: dict[str, Tensor] = {}
+        self._read()
+
+    def check_space(self, streams: Sequence[Tensor], found: int) -> None:
+        """Refuse a disk that is too small, before any block is run.
+
+        Args:
+            streams: of each batch.
+            found: bytes of what will be found.
+
+        Raises:
+            ValueError: it is.
+        """
+        # the old file stays until the new one is whole
+        check_space(self.path.parent, 2 * (sum(stream.nbytes for stream in streams) + found))
+
+    def save(self, done: int, streams: Sequence[Tensor], found: Mapping[str, Tensor]) -> None:
+        """Put down that so many blocks are done.
+
+        Args:
+            done: how many.
+            streams: behind the last of them, of each batch.
+            found: what was found in them, by name.
+        """
+        self.found |= {name: tensor.cpu().contiguous() for name, tensor in found.items()}
+        tensors = {f"streams/{place}": stream.cpu().contiguous() for place, stream in enumerate(streams)}
+        about = {SETTINGS: self.settings, "done": str(done), "batches": str(len(streams))}
+        with whole_file(self.path) as partial:
+            save_file(tensors | {f"found/{name}": tensor for name, tensor in self.found.items()}, partial, about)
+        self.done = done
+
+    def remove(self) -> None:
+        """Remove the file, once what it was for is written."""
+        self.path.unlink(missing_ok=True)
+
+    def _read(self) -> None:
+        if not self.path.exists():
+            return
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                about = file.metadata() or {}
+                if about.get(SETTINGS) != self.settings:
+                    return
+                names = [key for key in file.keys() if key.startswith("found/")]  # noqa: SIM118 -- it is no mapping
+                found = {name.removeprefix("found/"): file.get_tensor(name).clone() for name in names}
+                streams = [file.get_tensor(f"streams/{place}").clone() for place in range(int(about["batches"]))]
+                self.done, self.found, self.streams = int(about["done"]), found, streams
+        except (SafetensorError, OSError, KeyError, ValueError):
+            return  # damaged: begun anew

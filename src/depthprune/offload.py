@@ -1,0 +1,180 @@
+"""Models larger than memory: one block at a time is read from the safetensors files, and the next one meanwhile.
+
+The streams of all batches are carried along: each block sees all of them before the next block takes its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from depthprune.anatomy import Anatomy, architecture_of, pruning_record
+from depthprune.families import check_supported, refuse_quantised
+from depthprune.loading import (
+    MODEL_TYPE,
+    config_dict,
+    parse_dtype,
+    refuse_custom_code,
+    refuse_lossy_folder,
+    resolve,
+)
+from depthprune.sites import Fingerprint
+from depthprune.weight_files import WeightFiles
+
+
+class OffloadedModel:
+    """A model whose blocks stay in their files but for one.
+
+    Args:
+        name: as :func:`depthprune.load` takes it; the model has to be an unpruned one, or a plain folder.
+        dtype: as there.
+        revision: as there.
+        attn_implementation: as there.
+        device: where the block, the embeddings and the last norm are.
+
+    Attributes:
+        model: the model; weights of blocks and of the head are on the meta device.
+        files: its weights.
+
+    Raises:
+        ValueError: it is not there or not supported, its files are damaged, or they hold tensors under other names than
+            the model has.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dtype: str = "auto",
+        revision: str | None = None,
+        attn_implementation: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        chosen = parse_dtype(dtype)
+        folder = _plain_folder(name, revision)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        check_supported(config)
+        self.files = WeightFiles(folder)
+        self.dtype = chosen if isinstance(chosen, torch.dtype) else (config.dtype or torch.float32)
+        with init_empty_weights(include_buffers=False):
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=self.dtype, attn_implementation=attn_implementation
+            ).eval()
+        self.model.requires_grad_(False)
+        self.anatomy = Anatomy.of(self.model)
+        self.device = torch.device(device)
+        tied = self.model.all_tied_weights_keys
+        self._stored = {key: other for key, other in tied.items() if key not in self.files}  # keys by those in files
+        self._prefixes = [f"{_name_of(self.model, block)}." for block in self.anatomy.blocks]
+        self._check_names(name)
+        decoder = f"{_name_of(self.model, self.model.get_decoder())}."
+        outside = [key for key in self._keys() if key.startswith(decoder) and not key.startswith(tuple(self._prefixes))]
+        self._put(self.files.read(outside, self.dtype))
+        for buffer in self.model.buffers():
+            buffer.data = buffer.data.to(self.device)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="reading-blocks")
+        self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
+
+    def __enter__(self) -> OffloadedModel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._next = None
+        self._reader.shutdown(wait=True, cancel_futures=True)
+
+    @contextmanager
+    def block(self, place: int) -> Iterator[nn.Module]:
+        """A block with its weights, for the length of a ``with``; the next one is read meanwhile.
+
+        Args:
+            place: in the list of blocks.
+        """
+        waiting = self._next if self._next is not None and self._next[0] == place else (place, self._read(place))
+        state = waiting[1].result()
+        self._next = (place + 1, self._read(place + 1)) if place + 1 < len(self._prefixes) else None
+        self._put(state)
+        del state, waiting
+        try:
+            yield self.anatomy.blocks[place]
+        finally:
+            for module in self.anatomy.blocks[place].modules():
+                for leaf, parameter in module._parameters.items():
+                    if parameter is not None:
+                        module._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    def fingerprint(self) -> Fingerprint:
+        """What :func:`~depthprune.anatomy.unpruned_fingerprint` gives of the model in memory."""
+        record = pruning_record(self.model)
+        if record is not None:
+            return Fingerprint(record["unpruned"]["architecture"], record["unpruned"]["weights"])
+        digest = hashlib.sha256()
+        for name in sorted(self.model.state_dict()):
+            row = self.files.first_row(self._stored.get(name, name))
+            digest.update(row.to(self.dtype).to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+        return Fingerprint(architecture_of(self.model.config), digest.hexdigest()[:16])
+
+    def block_bytes(self) -> int:
+        """Bytes of the largest block."""
+        return max(
+            sum(self.files.sizes[key] for key in self.files.sizes if key.startswith(prefix))
+            for prefix in self._prefixes
+        )
+
+    def _read(self, place: int) -> Future[dict[str, Tensor]]:
+        keys = [key for key in self._keys() if key.startswith(self._prefixes[place])]
+        return self._reader.submit(self.files.read, keys, self.dtype)
+
+    def _keys(self) -> Iterable[str]:
+        return self.model.state_dict().keys()
+
+    def _put(self, state: dict[str, Tensor]) -> None:
+        """Give the model some of its weights."""
+        for key, tensor in state.items():
+            owner, _, leaf = key.rpartition(".")
+            module = self.model.get_submodule(owner)
+            here = tensor.to(self.device)
+            if leaf in module._parameters:
+                module._parameters[leaf] = nn.Parameter(here, requires_grad=False)
+            else:
+                module._buffers[leaf] = here
+
+    def _check_names(self, name: str) -> None:
+        """Refuse files whose tensors are not those of the model."""
+        state, there = self.model.state_dict(), set(self.files.files)
+        lacking = sorted(set(state) - there - set(self._stored))
+        spare = there - set(state)
+        head = f"{_name_of(self.model, self.model.get_output_embeddings())}.weight"
+        if lacking == [head] and len(spare) == 1:  # some families store it under a name of its own
+            self._stored[head] = spare.pop()
+        elif lacking:
+            raise ValueError(
+                f"The weights of {name} have no {lacking[0]}, or hold it in another form: open the model with "
+                "transformers once, save it with save_pretrained, and name that folder."
+            )
+
+
+def _plain_folder(name: str, revision: str | None) -> Path:
+    """The local folder of a model, once it is known to be one that transformers opens."""
+    source = resolve(name, revision)
+    config = config_dict(source, revision)
+    if config.get("model_type") == MODEL_TYPE:
+        raise ValueError(f"{name} is a pruned model that only depthprune opens, and whole: leave offload out.")
+    refuse_custom_code(name, config)
+    refuse_lossy_folder(name, config)
+    refuse_quantised(config.get("quantization_config"))
+    if Path(source).is_dir():
+        return Path(source)
+    return Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)

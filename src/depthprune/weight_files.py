@@ -1,0 +1,118 @@
+"""A model's safetensors files, from which single tensors are read without the rest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from depthprune.files import read_json
+from depthprune.filled import first_line
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class WeightFiles:
+    """Where each tensor of a folder's weights is.
+
+    Args:
+        folder: with ``model.safetensors``, or with shards and their index, as transformers writes them.
+
+    Attributes:
+        files: each tensor's file, by the tensor's name.
+        sizes: each tensor's bytes.
+
+    Raises:
+        ValueError: there are no such files; a shard is missing, cut off or too long, or lacks a tensor of the index.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        named = _named_files(folder)
+        self.files: dict[str, Path] = {}
+        self.sizes: dict[str, int] = {}
+        for path in sorted(set(named.values()) if named else {folder / SINGLE}):
+            for name, size in _tensors(path).items():
+                self.files[name], self.sizes[name] = path, size
+        if lacking := sorted(set(named) - set(self.files)):
+            raise ValueError(
+                f"The shard {named[lacking[0]]} lacks {lacking[0]}, which the index says is there: fetch it again."
+            )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Copies of tensors in memory of their own, in another dtype where they are floating-point numbers.
+
+        Args:
+            names: which.
+            dtype: the dtype.
+        """
+        found: dict[str, Tensor] = {}
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.files[name], []).append(name)
+        for path, some in by_file.items():
+            with safe_open(path, framework="pt") as file:
+                for name in some:
+                    tensor = file.get_tensor(name)
+                    found[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+        return found
+
+    def first_row(self, name: str) -> Tensor:
+        """The first row of a tensor, all of one with fewer than two dimensions."""
+        with safe_open(self.files[name], framework="pt") as file:
+            part = file.get_slice(name)
+            row: Tensor = part[:1][0] if len(part.get_shape()) > 1 else part[:]
+        return row
+
+
+def _named_files(folder: Path) -> dict[str, Path]:
+    """The file of each tensor by the index; empty where there is none and all are in one file.
+
+    Raises:
+        ValueError: the index is damaged, or there is neither.
+    """
+    if not (folder / INDEX).is_file():
+        if not (folder / SINGLE).is_file():
+            raise ValueError(
+                f"The folder {folder} has no {SINGLE} and no {INDEX}: weights are read from safetensors files block by "
+                "block; save the model anew with save_pretrained."
+            )
+        return {}
+    content: Any = read_json(folder / INDEX, "an index of shards")
+    try:
+        return {str(name): folder / str(file) for name, file in content["weight_map"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / INDEX} is damaged: fetch the model again.") from error
+
+
+def _tensors(path: Path) -> dict[str, int]:
+    """The tensors of a file with their bytes, after its size is checked.
+
+    Raises:
+        ValueError: the file is missing, or no whole safetensors file.
+    """
+    if not path.is_file():
+        raise ValueError(f"The shard {path} is missing: fetch the model again.")
+    actual = path.stat().st_size
+    try:
+        with path.open("rb") as file:  # the library opens a file that is longer than it should be
+            start = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(min(start, actual)))
+        header.pop("__metadata__", None)
+        ends = {name: about["data_offsets"] for name, about in header.items()}
+        wanted = 8 + start + max((end for _, end in ends.values()), default=0)
+        if wanted != actual:
+            raise ValueError(f"it is {actual:,} bytes long and should be {wanted:,}")
+        with safe_open(path, framework="pt"):
+            return {name: end - begin for name, (begin, end) in ends.items()}
+    except (ValueError, KeyError, TypeError, SafetensorError, OSError) as error:
+        raise ValueError(f"The shard {path} is damaged ({first_line(error)}): fetch the model again.") from error

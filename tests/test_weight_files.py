@@ -1,0 +1,69 @@
+"""Safetensors files that are read in parts, and those that are damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from depthprune.weight_files import INDEX, SINGLE, WeightFiles
+from tests.tiny_models import tiny_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    return tmp_path
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+def test_tensors_are_those_that_were_saved(folder: Path) -> None:
+    files, state = WeightFiles(folder), tiny_model().state_dict()
+    assert len(shards(folder)) > 3
+    assert set(files.files) == set(state)
+    found = files.read(state, torch.float32)
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    assert all(files.sizes[name] == tensor.nbytes for name, tensor in state.items())
+    half = files.read(list(state)[:2], torch.bfloat16)
+    assert all(torch.equal(tensor, state[name].bfloat16()) for name, tensor in half.items())
+    for name, tensor in state.items():
+        assert torch.equal(files.first_row(name), tensor if tensor.dim() < 2 else tensor[0])
+    assert "lm_head.weight" in files
+    assert "other" not in files
+
+
+def test_one_file_needs_no_index(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    assert set(WeightFiles(tmp_path).files) == set(tiny_model().state_dict())
+
+
+def test_what_is_damaged_is_refused(folder: Path) -> None:
+    first, second, *_ = shards(folder)
+    content = first.read_bytes()
+    for wrong, sentence in (
+        (content[:-4], "bytes long and should be"),
+        (content + b"more", "bytes long and should be"),
+        (b"", "is damaged"),
+        (b"\xff" * 100, "is damaged"),
+        (content[:20], "is damaged"),
+    ):
+        first.write_bytes(wrong)
+        with pytest.raises(ValueError, match=f"The shard .*{first.name} .*{sentence}"):
+            WeightFiles(folder)
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(ValueError, match=r"lacks .*, which the index says is there"):
+        WeightFiles(folder)
+    first.unlink()
+    with pytest.raises(ValueError, match=f"{first.name} is missing"):
+        WeightFiles(folder)
+    (folder / INDEX).write_text(json.dumps([]))
+    with pytest.raises(ValueError, match=r"index\.json is damaged"):
+        WeightFiles(folder)
+    (folder / INDEX).unlink()
+    with pytest.raises(ValueError, match=f"has no {SINGLE}"):
+        WeightFiles(folder)
