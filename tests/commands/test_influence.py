@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,3 +198,40 @@ def test_a_full_disk_keeps_earlier_results(workshop: Workshop, tmp_path: Path, m
 def test_no_question_at_all_is_refused(workshop: Workshop, tmp_path: Path) -> None:
     start = ["influence", "--model", workshop.model, "--output", tmp_path, "--task.path", "openbookqa"]
     assert "limit of the task openbookqa is 0" in refusal(*start, "--task.limit", 0)
+
+
+def test_a_block_at_a_time(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = ("--metrics", "[cosine, relative_l2, magnitude]")
+    assert run(*command(workshop, tmp_path / "whole", *metrics)) == 0
+    assert run(*command(workshop, tmp_path / "parts", *metrics, "--offload", "true")) == 0
+    assert f"{BLOCKS}/{BLOCKS}" in capsys.readouterr().err
+    whole, parts = (json.loads((tmp_path / name / "influence.json").read_text()) for name in ("whole", "parts"))
+    assert parts["fingerprint"] == whole["fingerprint"]
+    assert parts["provenance"] == whole["provenance"]
+    for metric, column in whole["values"].items():
+        assert parts["values"][metric] == pytest.approx(column, rel=1e-6)
+    assert not (tmp_path / "parts" / "progress.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--metrics", "[leave_one_out_loss]"), "Unknown metric that looks at one block at a time"),
+        (("--devices", 2), "leave devices and device_map out"),
+        (("--device_map", "cpu"), "leave devices and device_map out"),
+        (("--metrics", "[angular]", "--run_length", 2), "leave run_length and rounds out"),
+    ],
+)
+def test_what_needs_more_than_a_block(
+    flags: tuple[object, ...], sentence: str, workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sentence in refusal(*command(workshop, tmp_path / "out", "--offload", "true", *flags))
+
+
+def test_a_disk_without_room_is_refused_before_any_block(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    refused = refusal(*command(workshop, tmp_path / "out", "--offload", "true"))
+    assert "has room for 0.00 GB, and" in refused
+    assert not list((tmp_path / "out").glob("progress*"))

@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.strategies import ModelParallelStrategy
 
 from depthprune.anatomy import unpruned_fingerprint
+from depthprune.block_progress import BlockProgress
 from depthprune.data.batches import Batches
 from depthprune.data.choices import ChoiceBatches, open_choices
 from depthprune.data.module import one_text
@@ -26,9 +27,11 @@ from depthprune.influence.ablation import Sampling
 from depthprune.influence.agreement import agreement
 from depthprune.influence.estimate import estimate_influence
 from depthprune.influence.figures import agreement_figure, influence_figure
+from depthprune.influence.offloaded import estimate_offloaded
 from depthprune.influence.registry import DEFAULT_METRICS
 from depthprune.influence.table import InfluenceTable
-from depthprune.loading import load
+from depthprune.loading import load, load_tokenizer
+from depthprune.offload import OffloadedModel
 from depthprune.origin import origin
 from depthprune.progress import tracked
 from depthprune.report.html import write_page
@@ -60,6 +63,7 @@ def influence(
     accelerator: str = "auto",
     devices: int = 1,
     strategy: str = "auto",
+    offload: bool = False,
     save_every: int = 16,
 ) -> None:
     """Score sites on a text or a task and write influence.json, .csv, .png and a TensorBoard figure.
@@ -87,6 +91,8 @@ def influence(
         accelerator: as in Lightning's Fabric.
         devices: processes, one for each device.
         strategy: as in Lightning's Fabric; model_parallel spreads each block over the processes.
+        offload: hold one block at a time, read from the safetensors files, for a model that is larger than memory; for
+            static metrics and magnitude, random and reverse_order. What was found is saved after every block.
         save_every: save the sums after so many batches; the same command goes on from there.
     """
     if (text is None) == (task is None):
@@ -97,13 +103,19 @@ def influence(
         if fabric.is_global_zero:
             what = f"{sequences} sequences of {text.path}" if text else f"questions of {task.path if task else ''}"
             print(f"Scoring {', '.join(kinds)} sites of {model} on {what}.", flush=True)
-        causal_lm, tokenizer = load(
-            model, dtype=dtype, revision=revision, device_map=device_map, attn_implementation=attn_implementation
-        )
-        if device_map is None:
-            torch.nn.Module.to(causal_lm, fabric.device)
-        if isinstance(fabric.strategy, ModelParallelStrategy):
-            shard_blocks(causal_lm, fabric.strategy.device_mesh)
+        offloaded = None
+        if offload:
+            _check_offload(devices, device_map, run_length, rounds)
+            offloaded = OffloadedModel(model, dtype, revision, attn_implementation, fabric.device)
+            causal_lm, tokenizer = offloaded.model, load_tokenizer(model, revision)
+        else:
+            causal_lm, tokenizer = load(
+                model, dtype=dtype, revision=revision, device_map=device_map, attn_implementation=attn_implementation
+            )
+            if device_map is None:
+                torch.nn.Module.to(causal_lm, fabric.device)
+            if isinstance(fabric.strategy, ModelParallelStrategy):
+                shard_blocks(causal_lm, fabric.strategy.device_mesh)
         about: dict[str, Any] = {"model": model, "sequence_length": sequence_length, "seed": sampling.seed}
         loader: Batches | ChoiceBatches
         if text is not None:
@@ -126,28 +138,49 @@ def influence(
             "run_length": run_length,
             "rounds": rounds,
             "tokens": loader.fingerprint,
-            "weights": unpruned_fingerprint(causal_lm).weights,
+            "weights": (offloaded.fingerprint() if offloaded else unpruned_fingerprint(causal_lm)).weights,
             "dtype": str(causal_lm.dtype),
             "attention": causal_lm.config._attn_implementation,
         }
-        saved = SavedSums(folder / "progress.safetensors", settings, save_every)
-        if saved.done and fabric.is_global_zero:
-            print(f"Going on from what a run before had summed in {folder}.", flush=True)
         start = time.monotonic()
-        table = estimate_influence(
-            causal_lm,
-            loader,
-            metrics,
-            kinds,
-            denominator,
-            leave_out_massive,
-            sampling,
-            about,
-            watch=tracked if fabric.is_global_zero else None,
-            saved=saved,
-            run_length=run_length,
-            rounds=rounds,
-        )
+        saved: SavedSums | BlockProgress
+        if offloaded:
+            saved = BlockProgress(folder / "progress.safetensors", {**settings, "offload": True})
+        else:
+            saved = SavedSums(folder / "progress.safetensors", settings, save_every)
+        if saved.done and fabric.is_global_zero:
+            print(f"Going on from what a run before had found in {folder}.", flush=True)
+        if offloaded:
+            assert isinstance(saved, BlockProgress)
+            with offloaded:
+                table = estimate_offloaded(
+                    offloaded,
+                    loader,
+                    metrics,
+                    kinds,
+                    denominator,
+                    leave_out_massive,
+                    sampling.seed,
+                    about,
+                    lambda blocks: tracked(blocks, "Blocks"),
+                    saved,
+                )
+        else:
+            assert isinstance(saved, SavedSums)
+            table = estimate_influence(
+                causal_lm,
+                loader,
+                metrics,
+                kinds,
+                denominator,
+                leave_out_massive,
+                sampling,
+                about,
+                watch=tracked if fabric.is_global_zero else None,
+                saved=saved,
+                run_length=run_length,
+                rounds=rounds,
+            )
         if fabric.is_global_zero:
             figures = write_influence(table, folder)
             write_page(folder / "influence.md", influence_report(table, figures), origin())
@@ -166,6 +199,14 @@ def influence(
             print(f"Scored {len(table.sites)} sites on {rate}.")
             print(f"Wrote influence.html, .md, .json, .csv, .png and a TensorBoard figure to {folder}.")
             print(f"Next: {shlex.join(next_command)}")
+
+
+def _check_offload(devices: int, device_map: str | None, run_length: int, rounds: int) -> None:
+    """Refuse settings that one block at a time cannot do."""
+    if devices != 1 or device_map is not None:
+        raise ValueError("With offload one block at a time is on one device: leave devices and device_map out.")
+    if run_length != 1 or rounds:
+        raise ValueError("With offload one block at a time is looked at: leave run_length and rounds out.")
 
 
 def write_influence(table: InfluenceTable, folder: Path) -> dict[str, str]:
