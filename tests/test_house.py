@@ -131,6 +131,7 @@ LAYERS = [
     {"data.module", "pruning", "recovery.module", "evaluation.curve", "evaluation.paired"},
     {
         "search.standing",
+        "recovery.offloaded",
         "recovery.cli",
         "recovery.trained",
         "evaluation.task_pack",

@@ -144,19 +144,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fold
         if record is None or PruningPlan.from_dict(record["plan"]).is_plain:
             model.save_pretrained(partial)
         else:
-            base_config = model.config.to_dict()
-            base_config.pop("depthprune")
-            base_config["dtype"] = str(model.dtype).removeprefix("torch.")
-            write_json(
-                partial / "config.json",
-                {
-                    "model_type": MODEL_TYPE,
-                    "depthprune_version": FOLDER_VERSION,
-                    "how_to_load": "depthprune.load(folder)",
-                    "base_config": base_config,
-                    "record": record,
-                },
-            )
+            write_pruned_config(model, partial)
             save_torch_state_dict(
                 {key: tensor.contiguous() for key, tensor in model.state_dict().items()},
                 partial,
@@ -169,6 +157,20 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fold
         if record is not None:
             PruningPlan.from_dict(record["plan"]).save(partial / PLAN_FILE)
     return folder
+
+
+def write_pruned_config(model: PreTrainedModel, folder: Path) -> None:
+    """Write the config.json of a folder that only depthprune opens."""
+    base_config = model.config.to_dict()
+    base_config.pop("depthprune")
+    content = {
+        "model_type": MODEL_TYPE,
+        "depthprune_version": FOLDER_VERSION,
+        "how_to_load": "depthprune.load(folder)",
+        "base_config": base_config | {"dtype": str(model.dtype).removeprefix("torch.")},
+        "record": pruning_record(model),
+    }
+    write_json(folder / "config.json", content)
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:

@@ -6,7 +6,7 @@ The streams of all batches are carried along: each block sees all of them before
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,11 +76,15 @@ class OffloadedModel:
         self._stored = {key: other for key, other in tied.items() if key not in self.files}  # keys by those in files
         self._prefixes = [f"{_name_of(self.model, block)}." for block in self.anatomy.blocks]
         self._check_names(name)
+        self._places: dict[tuple[nn.Module, str], nn.Parameter | None] = {}  # what stands where weights are not
         decoder = f"{_name_of(self.model, self.model.get_decoder())}."
         outside = [key for key in self._keys() if key.startswith(decoder) and not key.startswith(tuple(self._prefixes))]
         self._put(self.files.read(outside, self.dtype))
+        self.model.tie_weights()
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(self.device)
+        self._free: list[Tensor] = []  # memory of blocks that were dropped
+        self._old: dict[str, Tensor] = {}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="reading-blocks")
         self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
 
@@ -98,18 +102,40 @@ class OffloadedModel:
         Args:
             place: in the list of blocks.
         """
-        waiting = self._next if self._next is not None and self._next[0] == place else (place, self._read(place))
-        state = waiting[1].result()
-        self._next = (place + 1, self._read(place + 1)) if place + 1 < len(self._prefixes) else None
-        self._put(state)
-        del state, waiting
+        self._take(place)
         try:
             yield self.anatomy.blocks[place]
         finally:
-            for module in self.anatomy.blocks[place].modules():
-                for leaf, parameter in module._parameters.items():
-                    if parameter is not None:
-                        module._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            self._drop(place)
+
+    @contextmanager
+    def on_demand(self, count: int = 1) -> Iterator[None]:
+        """Let every block read its weights when it runs, for the length of a ``with``.
+
+        Args:
+            count: so many blocks stay in memory, those that ran last.
+        """
+        here: list[int] = []
+
+        def fetch(place: int) -> Callable[..., None]:
+            def hook(*_: object) -> None:
+                if place in here:
+                    return
+                while len(here) >= count:
+                    self._drop(here.pop(0))
+                self._take(place)
+                here.append(place)
+
+            return hook
+
+        handles = [block.register_forward_pre_hook(fetch(place)) for place, block in enumerate(self.anatomy.blocks)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for place in here:
+                self._drop(place)
 
     def fingerprint(self) -> Fingerprint:
         """What :func:`~depthprune.anatomy.unpruned_fingerprint` gives of the model in memory."""
@@ -122,16 +148,42 @@ class OffloadedModel:
             digest.update(row.to(self.dtype).to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
         return Fingerprint(architecture_of(self.model.config), digest.hexdigest()[:16])
 
-    def block_bytes(self) -> int:
-        """Bytes of the largest block."""
-        return max(
-            sum(self.files.sizes[key] for key in self.files.sizes if key.startswith(prefix))
-            for prefix in self._prefixes
-        )
+    def keep_keys(self) -> None:
+        """Remember which tensor is stored where, before sites are removed for good."""
+        # by the tensors themselves, which a removal moves to other keys
+        self._old = {key: tensor for key, tensor in self.model.named_parameters() if ".replacement." not in key}
+        self._old |= {key: buffer for key, buffer in self.model.named_buffers() if key in self.files}
+
+    def stored_keys(self) -> dict[str, str]:
+        """The name in the files of every weight of the model that is left, by its present key."""
+        names = {id(tensor): self._stored.get(key, key) for key, tensor in self._old.items()}
+        now = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        return {key: names[id(tensor)] for key, tensor in now.items() if id(tensor) in names}
+
+    def _take(self, place: int) -> None:
+        """Give a block its weights, and begin to read those of the next one."""
+        waiting = self._next if self._next is not None and self._next[0] == place else (place, self._read(place))
+        state = waiting[1].result()
+        self._next = (place + 1, self._read(place + 1)) if place + 1 < len(self._prefixes) else None
+        self._put(state)
+
+    def _drop(self, place: int) -> None:
+        for name, module in self.anatomy.blocks[place].named_modules():
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None and "replacement" not in name.split("."):
+                    module._parameters[leaf] = self._places.pop((module, leaf))
+                    self._free.append(parameter.data)
 
     def _read(self, place: int) -> Future[dict[str, Tensor]]:
-        keys = [key for key in self._keys() if key.startswith(self._prefixes[place])]
-        return self._reader.submit(self.files.read, keys, self.dtype)
+        keys = [key for key in self._keys() if key.startswith(self._prefixes[place]) and ".replacement." not in key]
+        return self._reader.submit(self.files.read, keys, self.dtype, self._memory)
+
+    def _memory(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Memory of a block that was dropped, as taking and freeing it for every block would scatter the heap."""
+        for number, tensor in enumerate(self._free):
+            if tensor.shape == shape and tensor.dtype == dtype and tensor.device.type == "cpu":
+                return self._free.pop(number)
+        return torch.empty(shape, dtype=dtype)
 
     def _keys(self) -> Iterable[str]:
         return self.model.state_dict().keys()
@@ -143,6 +195,7 @@ class OffloadedModel:
             module = self.model.get_submodule(owner)
             here = tensor.to(self.device)
             if leaf in module._parameters:
+                self._places[module, leaf] = module._parameters[leaf]
                 module._parameters[leaf] = nn.Parameter(here, requires_grad=False)
             else:
                 module._buffers[leaf] = here

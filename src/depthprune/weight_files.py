@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,10 @@ from depthprune.filled import first_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+
+def _empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
 
 
 class WeightFiles:
@@ -48,12 +52,15 @@ class WeightFiles:
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
-    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    def read(
+        self, names: Iterable[str], dtype: torch.dtype, empty: Callable[[torch.Size, torch.dtype], Tensor] = _empty
+    ) -> dict[str, Tensor]:
         """Copies of tensors in memory of their own, in another dtype where they are floating-point numbers.
 
         Args:
             names: which.
             dtype: the dtype.
+            empty: gives the memory for a tensor by its shape and dtype.
         """
         found: dict[str, Tensor] = {}
         by_file: dict[Path, list[str]] = {}
@@ -63,7 +70,8 @@ class WeightFiles:
             with safe_open(path, framework="pt") as file:
                 for name in some:
                     tensor = file.get_tensor(name)
-                    found[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+                    found[name] = empty(tensor.shape, dtype if tensor.is_floating_point() else tensor.dtype)
+                    found[name].copy_(tensor)
         return found
 
     def first_row(self, name: str) -> Tensor:

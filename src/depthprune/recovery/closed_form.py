@@ -111,7 +111,7 @@ def calibrate_on(
     if fitted or scaled:
         batches = list(batches)
         if held_out is None:
-            batches, tune = _split(batches)
+            batches, tune = split_batches(batches)
     needed = sites_to_measure(model, plan, fitting)
     means: Mapping[Site, Tensor] = {}
     if needed:
@@ -128,7 +128,7 @@ def _will_be_fitted(removal: Removal, fitting: Fitting | None) -> bool:
     return fitting is not None and is_fitted(removal.replacement, removal.options)
 
 
-def _split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+def split_batches(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Batches to fit to, and every fourth to choose the ridge on; of a single batch, every fourth sequence."""
     if len(batches) > 1:
         held_out = list(batches[3::4]) or [batches[-1]]
