@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,9 @@ from transformers import PreTrainedModel
 from depthprune.families import Family, check_supported
 from depthprune.shards import whole
 from depthprune.sites import KINDS, Fingerprint, PruningPlan, Site
+
+IN_FILES = "hash_of_weights_in_files"
+"""The attribute in which a model whose weights are not in memory has the weights' part of its fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -167,11 +171,23 @@ def unpruned_fingerprint(model: PreTrainedModel) -> Fingerprint:
     record = pruning_record(model)
     if record is not None:
         return Fingerprint(record["unpruned"]["architecture"], record["unpruned"]["weights"])
+    if hasattr(model, IN_FILES):
+        return Fingerprint(architecture_of(model.config), getattr(model, IN_FILES))
+    rows = (_first_row(whole(tensor)) for name, tensor in sorted(model.state_dict().items()) if _is_base(name))
+    return Fingerprint(architecture_of(model.config), weights_hash(rows))
+
+
+def weights_hash(rows: Iterable[Tensor]) -> str:
+    """The weights' part of a fingerprint, from the first rows of all tensors in the order of their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if ".replacement." in name:
-            continue
-        value = whole(tensor)
-        row = value if value.dim() < 2 else value[0]
+    for row in rows:
         digest.update(row.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
-    return Fingerprint(architecture_of(model.config), digest.hexdigest()[:16])
+    return digest.hexdigest()[:16]
+
+
+def _first_row(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() < 2 else tensor[0]
+
+
+def _is_base(name: str) -> bool:
+    return ".replacement." not in name

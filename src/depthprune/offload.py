@@ -5,7 +5,6 @@ The streams of all batches are carried along: each block sees all of them before
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from depthprune.anatomy import Anatomy, architecture_of, pruning_record
+from depthprune.anatomy import IN_FILES, Anatomy, weights_hash
 from depthprune.families import check_supported, refuse_quantised
 from depthprune.loading import (
     MODEL_TYPE,
@@ -28,7 +27,6 @@ from depthprune.loading import (
     refuse_lossy_folder,
     resolve,
 )
-from depthprune.sites import Fingerprint
 from depthprune.weight_files import WeightFiles
 
 
@@ -70,6 +68,7 @@ class OffloadedModel:
                 config, dtype=self.dtype, attn_implementation=attn_implementation
             ).eval()
         self.model.requires_grad_(False)
+        self.model.name_or_path = self.model.config._name_or_path = str(name)
         self.anatomy = Anatomy.of(self.model)
         self.device = torch.device(device)
         tied = self.model.all_tied_weights_keys
@@ -81,6 +80,8 @@ class OffloadedModel:
         outside = [key for key in self._keys() if key.startswith(decoder) and not key.startswith(tuple(self._prefixes))]
         self._put(self.files.read(outside, self.dtype))
         self.model.tie_weights()
+        rows = (self.files.first_row(self._stored.get(name, name)) for name in sorted(self._keys()))
+        setattr(self.model, IN_FILES, weights_hash(row.to(self.dtype) for row in rows))
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(self.device)
         self._free: list[Tensor] = []  # memory of blocks that were dropped
@@ -136,17 +137,6 @@ class OffloadedModel:
                 handle.remove()
             for place in here:
                 self._drop(place)
-
-    def fingerprint(self) -> Fingerprint:
-        """What :func:`~depthprune.anatomy.unpruned_fingerprint` gives of the model in memory."""
-        record = pruning_record(self.model)
-        if record is not None:
-            return Fingerprint(record["unpruned"]["architecture"], record["unpruned"]["weights"])
-        digest = hashlib.sha256()
-        for name in sorted(self.model.state_dict()):
-            row = self.files.first_row(self._stored.get(name, name))
-            digest.update(row.to(self.dtype).to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
-        return Fingerprint(architecture_of(self.model.config), digest.hexdigest()[:16])
 
     def keep_keys(self) -> None:
         """Remember which tensor is stored where, before sites are removed for good."""

@@ -13,25 +13,20 @@ from transformers import PreTrainedModel
 from depthprune.anatomy import Anatomy, pruning_record, unpruned_fingerprint
 from depthprune.families import renumber
 from depthprune.replacements.registry import build_replacement
-from depthprune.sites import Fingerprint, PruningPlan
+from depthprune.sites import PruningPlan
 from depthprune.surgery import Slot, guard_saving, keep_changed_layers, make_slots, open_slots
 
 
-def remove_for_good(model: PreTrainedModel, plan: PruningPlan, fingerprint: Fingerprint | None = None) -> None:
+def remove_for_good(model: PreTrainedModel, plan: PruningPlan) -> None:
     """Drop the originals of a model whose slots were installed for this plan; the replacements stay.
 
     Whole blocks without a replacement leave the list of blocks, everything that depends on depth is renumbered, and
     if nothing but such blocks went, the model is a plain one. Other slots are hollowed. The model's config gets a
     record of what went (see :func:`depthprune.anatomy.pruning_record`).
-
-    Args:
-        model: the model.
-        plan: the plan.
-        fingerprint: of the unpruned model, where its weights are not in memory.
     """
     _own_config(model)
     anatomy = Anatomy.of(model)
-    fingerprint = fingerprint or unpruned_fingerprint(model)
+    fingerprint = unpruned_fingerprint(model)
     record = pruning_record(model)
     done = PruningPlan.from_dict(record["plan"]) if record else PruningPlan(())
     whole = done.followed_by(plan) if record else plan

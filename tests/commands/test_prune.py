@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from depthprune.block_progress import BlockProgress
 from depthprune.data.module import TextDataModule
 from depthprune.data.text import TextSource
 from depthprune.influence.table import InfluenceTable
@@ -24,6 +29,7 @@ from tests.command_line import (
     run,
     write_config,
 )
+from tests.killing import forked
 from tests.tiny_models import BLOCKS, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -200,3 +206,49 @@ def test_blocks_lend_their_influence_to_attentions(workshop: Workshop, scores: P
     assert [str(site) for site in plan.sites] == [f"attention.{index}" for index in sorted(s.index for s in blocks)]
     flags[3] = "[attention, mlp]"
     assert "carry_blocks takes one kind" in refusal(*command(workshop, tmp_path / "two", *flags))
+
+
+@pytest.mark.parametrize("replacement", ["none", "emulated_update", "linear"])
+def test_a_block_at_a_time(replacement: str, workshop: Workshop, tmp_path: Path) -> None:
+    arguments: list[object] = ["prune", "--model", workshop.model, "--sites", "[block.2, attention.4]"]
+    arguments += ["--replacement", replacement, "--text.path", workshop.text, "--sequence_length", LENGTH]
+    arguments += ["--sequences", 8]
+    assert run(*arguments, "--output", tmp_path / "whole") == 0
+    assert run(*arguments, "--output", tmp_path / "parts", "--offload", "true", "--max_shard_size", "20KB") == 0
+    whole, parts = (load(tmp_path / name)[0] for name in ("whole", "parts"))
+    assert parts.config.depthprune == whole.config.depthprune
+    for key, tensor in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[key], tensor, rtol=1e-4, atol=1e-4, msg=key)
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
+
+
+def test_a_killed_pruning_block_by_block_goes_on(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments: list[object] = ["prune", "--model", workshop.model, "--sites", "[block.4]", "--offload", "true"]
+    arguments += ["--replacement", "emulated_update", "--text.path", workshop.text, "--sequence_length", LENGTH]
+    save = BlockProgress.save
+
+    def work() -> int:
+        def save_and_die(progress: BlockProgress, done: int, *found: Any) -> None:
+            save(progress, done, *found)
+            if done == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with patch.object(BlockProgress, "save", save_and_die):
+            return run(*arguments, "--output", tmp_path / "made")
+
+    assert forked(work) == -signal.SIGKILL
+    assert run(*arguments, "--output", tmp_path / "made") == 0
+    assert "Going on from 3 blocks" in capsys.readouterr().out
+    assert run(*arguments, "--output", tmp_path / "again") == 0
+    made, again = (load(tmp_path / name)[0].state_dict() for name in ("made", "again"))
+    assert all(torch.equal(tensor, again[key]) for key, tensor in made.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "made"]
+
+
+def test_what_does_not_go_block_by_block(workshop: Workshop, tmp_path: Path) -> None:
+    arguments = ["prune", "--model", workshop.model, "--sites", "[block.4]", "--offload", "true", "--output", tmp_path]
+    assert "leave checkpoint and device_map out" in refusal(*arguments, "--device_map", "cpu")
+    assert "needs the whole model in memory" in refusal(*arguments, "--replacement", "refit", "--sequences", 2)

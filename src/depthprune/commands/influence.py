@@ -138,7 +138,7 @@ def influence(
             "run_length": run_length,
             "rounds": rounds,
             "tokens": loader.fingerprint,
-            "weights": (offloaded.fingerprint() if offloaded else unpruned_fingerprint(causal_lm)).weights,
+            "weights": unpruned_fingerprint(causal_lm).weights,
             "dtype": str(causal_lm.dtype),
             "attention": causal_lm.config._attn_implementation,
         }

@@ -7,16 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from depthprune.anatomy import pruning_record, unpruned_fingerprint
+from depthprune.block_progress import BlockProgress
+from depthprune.data.batches import Batches
 from depthprune.data.module import one_text
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.files import check_new_folder, make_folder
 from depthprune.influence.table import InfluenceTable
-from depthprune.loading import PLAN_FILE, load, save
+from depthprune.loading import PLAN_FILE, load, load_tokenizer, save
+from depthprune.offload import OffloadedModel
 from depthprune.progress import tracked
 from depthprune.pruning import prune as prune_model
 from depthprune.recovery.closed_form import check_closed_form
 from depthprune.recovery.fitting import Fitting
+from depthprune.recovery.offloaded import prune_offloaded, save_offloaded
 from depthprune.recovery.trained import install_trained, read_trained
 from depthprune.removal import remove_for_good
 from depthprune.sites import PruningPlan
@@ -48,6 +54,8 @@ def prune(
     dtype: str = "auto",
     revision: str | None = None,
     device_map: str | None = None,
+    offload: bool = False,
+    max_shard_size: str = "5GB",
 ) -> None:
     """Make a plan and prune a model for good.
 
@@ -80,6 +88,9 @@ def prune(
         dtype: auto (as saved), bfloat16, float16 or float32.
         revision: branch, tag or commit on the hub.
         device_map: as in transformers, such as auto.
+        offload: hold one block at a time, read from the safetensors files, for a model that is larger than memory; for
+            none, emulated_update, additive_bias, low_rank_adapter and linear. Mean updates are saved block by block.
+        max_shard_size: with offload, the size at which files of weights are split, and so held in memory.
     """
     given = [name for name, value in _sources(influence, sites, plan, checkpoint).items() if value is not None]
     if len(given) != 1:
@@ -95,7 +106,14 @@ def prune(
             )
     output = str(check_new_folder(output))
     trained = read_trained(checkpoint) if checkpoint else None
-    causal_lm, tokenizer = load(model, dtype=dtype, revision=revision, device_map=device_map)
+    offloaded = None
+    if offload:
+        if trained is not None or device_map is not None:
+            raise ValueError("With offload one block at a time is in memory: leave checkpoint and device_map out.")
+        offloaded = OffloadedModel(model, dtype, revision)
+        causal_lm, tokenizer = offloaded.model, load_tokenizer(model, revision)
+    else:
+        causal_lm, tokenizer = load(model, dtype=dtype, revision=revision, device_map=device_map)
     if trained is not None:
         chosen, _ = trained
     elif plan is not None:
@@ -133,12 +151,16 @@ def prune(
     if trained is not None:
         remove_for_good(causal_lm, install_trained(causal_lm, checkpoint or "", trained[1], interpolation))
     else:
-        batches = None
+        loader = None
         if any(removal.replacement != "none" for removal in chosen.removals):
             data = one_text(model, text, sequence_length, batch_size, shares, revision, calibration_sequences=sequences)
-            batches = tracked(data.calibration_dataloader(), "Calibrating")
-        prune_model(causal_lm, chosen, batches, fitting)
-    save(causal_lm, tokenizer, output)
+            loader = data.calibration_dataloader()
+        if offloaded is None:
+            prune_model(causal_lm, chosen, loader and tracked(loader, "Calibrating"), fitting)
+        else:
+            _prune_in_files(offloaded, tokenizer, chosen, loader, fitting, Path(output), max_shard_size)
+    if offloaded is None:
+        save(causal_lm, tokenizer, output)
     record = pruning_record(causal_lm)
     assert record is not None
     is_plain = PruningPlan.from_dict(record["plan"]).is_plain
@@ -146,6 +168,32 @@ def prune(
     parameters = sum(parameter.numel() for parameter in causal_lm.parameters())
     print(f"Wrote the pruned model ({parameters / 1e6:.1f}M parameters) to {output}: open it with {opener}.")
     print(f"Next: {_score_command(output) if was_pruned else _fit_command(model, output)}")
+
+
+def _prune_in_files(
+    offloaded: OffloadedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: PruningPlan,
+    text: Batches | None,
+    fitting: Fitting,
+    output: Path,
+    max_shard_size: str,
+) -> None:
+    """Prune a model whose blocks stay in their files, and write it; a killed run goes on with the same command."""
+    settings = {
+        "weights": unpruned_fingerprint(offloaded.model).weights,
+        "plan": plan.to_dict()["removals"],
+        "tokens": None if text is None else text.fingerprint,
+        "dtype": str(offloaded.dtype),
+    }
+    place = make_folder(output.parent) / f".{output.name}.progress.safetensors"
+    progress = BlockProgress(place, settings)
+    if progress.done:
+        print(f"Going on from {progress.done} blocks that a run before had measured.", flush=True)
+    with offloaded:
+        prune_offloaded(offloaded, plan, list(text or ()), fitting, lambda places: tracked(places, "Blocks"), progress)
+    save_offloaded(offloaded, tokenizer, output, max_shard_size, lambda files: tracked(files, "Writing"))
+    progress.remove()
 
 
 FLAGS: dict[str, tuple[str, ...]] = {

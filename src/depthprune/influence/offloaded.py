@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from depthprune.anatomy import Anatomy
+from depthprune.anatomy import Anatomy, unpruned_fingerprint
 from depthprune.block_progress import BlockProgress
 from depthprune.head import Batch, check_batch, evaluating, on_device
 from depthprune.influence.baselines import BASELINES
@@ -99,7 +99,9 @@ def estimate_offloaded(
         "denominator": denominator,
         "massive_tokens_left_out": leave_out_massive,
     }
-    return table_of(_findings(anatomy, sites, static, baselines, found), metrics, offloaded.fingerprint(), about)
+    return table_of(
+        _findings(anatomy, sites, static, baselines, found), metrics, unpruned_fingerprint(offloaded.model), about
+    )
 
 
 def _run(

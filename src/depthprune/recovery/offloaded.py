@@ -61,7 +61,6 @@ def prune_offloaded(
                 "leave offload out."
             )
     model, fitting = offloaded.model, fitting or Fitting()
-    fingerprint = offloaded.fingerprint()
     needed = sites_to_measure(model, plan, fitting)
     is_fitted_here = any(is_fitted(removal.replacement, removal.options) for removal in plan.removals)
     if (needed or is_fitted_here) and not batches:
@@ -81,7 +80,7 @@ def prune_offloaded(
         with offloaded.on_demand(max(len(removal.sites) for removal in plan.removals)):
             fit_maps(model, plan, fit, tune, fitting)
     offloaded.keep_keys()
-    remove_for_good(model, plan, fingerprint)
+    remove_for_good(model, plan)
 
 
 def save_offloaded(
