@@ -10,6 +10,7 @@ def test_lists_every_name_with_a_line_about_it(capsys: pytest.CaptureFixture[str
     for name in (
         *("smollm2-135m-instruct-q4", "xsum", "boolq-passages", "llama", "mistral", "qwen2", "block", "attention"),
         *("mlp", "cosine", "relative_l1", "l2", "none", "emulated_update", "low_rank_adapter", "language_modelling"),
+        *("params", "latency", "knapsack", "beam"),
     ):
         (line,) = [line.strip() for line in printed.splitlines() if line.split()[:1] == [name]]
         if name not in ("llama", "mistral", "qwen2", "block", "attention", "mlp"):

@@ -8,6 +8,8 @@ from depthprune.families import FAMILIES
 from depthprune.influence.registry import METRICS
 from depthprune.recovery.objectives import OBJECTIVES
 from depthprune.replacements.registry import REPLACEMENTS
+from depthprune.search.budget import RESOURCES
+from depthprune.search.registry import SEARCHES
 from depthprune.sites import KINDS
 
 
@@ -25,13 +27,15 @@ def names() -> dict[str, dict[str, str]]:
             "none": "Nothing stands in the site's place.",
             **{name: _first_line(kind) for name, kind in REPLACEMENTS.items()},
         },
+        "resources of a budget": {name: f"{what.capitalize()}." for name, what in RESOURCES.items()},
+        "methods of search": {name: _first_line(method) for name, method in SEARCHES.items()},
         "formats of an export": FORMATS,
         "objectives": {name: _first_line(objective) for name, objective in OBJECTIVES.items()},
     }
 
 
 def catalogue() -> None:
-    """List every name that a command or config takes: models, texts, tasks, metrics, replacements, objectives."""
+    """List every name that a command or config takes: models, texts, metrics, replacements, searches and others."""
     for what, known in names().items():
         print(f"{what}:")
         for name, description in known.items():

@@ -28,7 +28,7 @@ def by_influence(problem: Problem) -> None:
 
 
 def greedily(problem: Problem) -> None:
-    """The same, but what the likeliest steps cost is measured anew behind every step.
+    """Remove step by step; what the likeliest steps cost is measured anew behind every one.
 
     Args:
         problem: the search; its best plan is the result.
