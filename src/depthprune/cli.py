@@ -26,6 +26,10 @@ COMMANDS = {
     ),
     "prune": ("depthprune.commands.prune:prune", "make a plan from influence or site names, and the pruned model"),
     "search": ("depthprune.commands.search:search", "the best plan under a budget over blocks, attentions and MLPs"),
+    "frontier": (
+        "depthprune.commands.frontier:frontier",
+        "loss and tasks by budget, for one kind of site and several, recovered or not",
+    ),
     "evaluate": (
         "depthprune.commands.evaluate:evaluate",
         "score models beside the unpruned one, on tasks and text",

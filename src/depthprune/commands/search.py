@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,7 @@ def search(
             positions,
             seed,
             None if minutes is None else 60 * minutes,
-            _watch,
+            tracked,
         )
         content: dict[str, Any] = {
             "depthprune_search": VERSION,
@@ -237,10 +237,6 @@ def _check_same(folder: Path, config: Mapping[str, Any]) -> None:
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise ValueError(f"{folder / RESULTS} is no search of this version: remove it, or name another output.")
     check_config(folder, "a search", {**content["config"], "minutes": None}, {**config, "minutes": None})
-
-
-def _watch(items: Iterable[None], label: str, total: int) -> Iterator[None]:
-    return tracked(items, label, total)
 
 
 def _costs(

@@ -1,0 +1,186 @@
+"""``depthprune frontier``: what is lost at each budget by removing one kind of site or several, recovered or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from depthprune.anatomy import unpruned_fingerprint
+from depthprune.configuration import as_data, saved_results
+from depthprune.data.answers import held_apart, named_tasks, open_answers
+from depthprune.data.module import TextDataModule
+from depthprune.data.text import RoleShares, TextSource
+from depthprune.devices import start_fabric
+from depthprune.evaluation.answers import chance_of
+from depthprune.evaluation.benchmark import Load
+from depthprune.figures import write_figures
+from depthprune.files import make_folder, only_writer
+from depthprune.loading import load
+from depthprune.names import unknown_name
+from depthprune.origin import origin
+from depthprune.progress import tracked
+from depthprune.recovery.ladder import Rung
+from depthprune.report.frontier import console_table, frontier_figures, frontier_report
+from depthprune.report.html import write_page
+from depthprune.search.budget import Budget
+from depthprune.search.frontier import RESULTS, Frontier, by_recovery
+from depthprune.search.registry import SEARCHES
+from depthprune.search.standing import IN_SITES
+from depthprune.sites import KINDS
+
+VERSION = 1
+KIND_SETS = {"blocks": ["block"], "attentions": ["attention"], "MLPs": ["mlp"], "hybrid": list(KINDS)}
+
+
+def frontier(
+    model: str,
+    budgets: Sequence[str],
+    output: str,
+    text: TextSource = TextSource("xsum"),  # noqa: B008 -- frozen
+    domains: dict[str, TextSource] | None = None,
+    tasks: Sequence[str] = (),
+    kinds: dict[str, list[str]] = KIND_SETS,
+    recoveries: dict[str, Rung] = {"none": Rung(), "refit": Rung("refit")},  # noqa: B006, B008 -- not changed
+    method: str = "beam",
+    standing: str | None = None,
+    samples: int = 3,
+    load_of_latency: Load = Load(1, 128, 32),  # noqa: B008 -- frozen
+    sequences: int = 4,
+    calibration_sequences: int = 64,
+    test_sequences: int = 32,
+    test_questions: int = 200,
+    sequence_length: int = 256,
+    batch_size: int = 2,
+    positions: float = 0.25,
+    shares: RoleShares = RoleShares(),  # noqa: B008 -- frozen
+    seed: int = 0,
+    dtype: str = "auto",
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    accelerator: str = "auto",
+) -> None:
+    """Search a plan for each budget and each choice of kinds, recover it, and measure held-out text and tasks.
+
+    The texts are cut into disjoint samples; every plan is searched, recovered and measured on each. Writes
+    frontier.html, .md, .json, figures and the plans. A run that was stopped goes on with the same command.
+
+    Args:
+        model: an embedded model's name, a hub name or a folder.
+        budgets: such as ["params<=0.9", "params<=0.85 kv<=0.6"] (see `depthprune search`).
+        output: folder for the results.
+        text: the text; its test role is the first domain.
+        domains: more texts to measure on, by name.
+        tasks: multiple-choice questions to ask: names of embedded tasks, or files or folders of questions.
+        kinds: lists of kinds that may go together, by name; the last one is compared with the others.
+        recoveries: ways to recover what was lost, by name, as the rungs of `depthprune ablate`; what they put into
+            sites counts toward the budget.
+        method: of the search.
+        standing: what stands in sites while plans are compared; what the recovery puts there if not given, and for one
+            that changes kept layers a linear map.
+        samples: disjoint samples of the texts.
+        load_of_latency: what latency is of.
+        sequences: of a sample, that plans are compared on.
+        calibration_sequences: of a sample, that recoveries and maps are fitted to.
+        test_sequences: of a sample of each domain, to measure on.
+        test_questions: at most so many questions of each task to ask.
+        sequence_length: tokens of a sequence.
+        batch_size: sequences of a batch.
+        positions: share of the positions at which logits are made while plans are compared.
+        shares: shares of the documents for the four roles.
+        seed: of what is drawn.
+        dtype: auto (as saved), bfloat16, float16 or float32.
+        revision: branch, tag or commit on the hub.
+        attn_implementation: as in transformers, such as eager.
+        accelerator: as in Lightning: auto, cpu, gpu.
+    """
+    config = as_data(dict(locals()))
+    _check(config, recoveries)
+    folder = make_folder(output)
+    with only_writer(folder):
+        content = saved_results(
+            folder / RESULTS, "a frontier", ("depthprune_frontier", VERSION), config, ["plans", "measured"]
+        )
+        named = named_tasks(tasks, [text.title, *(domains or {})])
+        questions = {name: held_apart(task, 0, test_questions)[1] for name, task in named.items()}
+        causal_lm, tokenizer = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
+        torch.nn.Module.to(causal_lm, start_fabric(accelerator).device)
+        weights = unpruned_fingerprint(causal_lm).weights
+        if content.setdefault("weights", weights) != weights:
+            raise ValueError(f"The model changed since {folder / RESULTS} was begun: name another output.")
+        for rung in recoveries.values():
+            rung.check(causal_lm.config.hidden_size)
+        asked = {name: open_answers(some, tokenizer, sequence_length, batch_size) for name, some in questions.items()}
+        content["tasks"] = {
+            name: {"questions": len(batches.options), "chance": chance_of(batches.options)}
+            for name, batches in asked.items()
+        }
+        content["domains"] = [text.title, *(domains or {})]
+        run = Frontier(causal_lm, folder, content, kinds, recoveries, asked, tracked)
+        points = list(by_recovery(run.points()))
+        print(f"Measuring {len(points)} points of the frontier of {model}.", flush=True)
+        data: dict[int, TextDataModule] = {}
+        for number, point in enumerate(points, 1):
+            if point.sample not in data:
+                data = {point.sample: _sample(config, text, domains or {}, point.sample)}
+                run.measure_unpruned(point.sample, data[point.sample])
+            print(f"{number} of {len(points)}: {point.kinds} within {point.budget}, {point.recovery}.", flush=True)
+            run.measure(point, data[point.sample])
+        content |= {"is_finished": True, **origin()}
+        run.save()
+        figures = frontier_figures(content)
+        write_figures(folder, figures)
+        write_page(folder / "frontier.md", frontier_report(content, [name for name, _ in figures.values()]), content)
+        Console().print(console_table(content))
+        print(f"Wrote {RESULTS}, frontier.html, .md, {len(figures)} figures and the plans to {folder}.")
+
+
+def _check(config: Mapping[str, Any], recoveries: Mapping[str, Rung]) -> None:
+    """Refuse settings that are out of range, before anything is opened."""
+    if not config["budgets"]:
+        raise ValueError('There is no budget: name some, such as ["params<=0.9", "params<=0.8"].')
+    for budget in config["budgets"]:
+        Budget.parse(budget)
+    if config["method"] not in SEARCHES:
+        raise unknown_name("method of search", config["method"], SEARCHES)
+    if config["standing"] is not None and config["standing"] not in IN_SITES:
+        raise unknown_name("replacement to compare plans with", config["standing"], IN_SITES)
+    if not config["kinds"] or not recoveries:
+        raise ValueError("kinds and recoveries need one entry each, by name.")
+    for some in config["kinds"].values():
+        for kind in some:
+            if kind not in KINDS:
+                raise unknown_name("kind of site", kind, KINDS)
+        if not some:
+            raise ValueError("An entry of kinds is empty: name some of block, attention, mlp.")
+    for name in ("samples", "test_questions"):
+        if config[name] < 1:
+            raise ValueError(f"{name} is {config[name]}: set it to 1 or more.")
+    if not 0 < config["positions"] <= 1:
+        raise ValueError(f"positions is {config['positions']}: choose a share over 0 and up to 1.")
+
+
+def _sample(
+    config: Mapping[str, Any], text: TextSource, domains: Mapping[str, TextSource], sample: int
+) -> TextDataModule:
+    """The texts of one of the samples."""
+
+    def part(source: TextSource) -> TextSource:
+        return replace(source, sample=sample, samples=config["samples"])
+
+    return TextDataModule(
+        tokenizer=config["model"],
+        revision=config["revision"],
+        text=part(text),
+        domains={name: part(source) for name, source in domains.items()},
+        sequence_length=config["sequence_length"],
+        batch_size=config["batch_size"],
+        score_sequences=config["sequences"],
+        calibration_sequences=config["calibration_sequences"],
+        test_sequences=config["test_sequences"],
+        shares=RoleShares(**config["shares"]),
+        seed=config["seed"],
+    )
