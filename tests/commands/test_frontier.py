@@ -11,6 +11,8 @@ from unittest.mock import patch
 
 import pytest
 
+from depthprune.data.module import one_sample
+from depthprune.data.text import TextSource
 from depthprune.evaluation.domains import DomainLoss, domain_losses
 from depthprune.loading import load
 from depthprune.pruning import swapped
@@ -66,12 +68,9 @@ def test_every_point_is_there_and_within_its_budget(made: Path) -> None:
 
 
 def test_losses_are_those_of_the_swapped_model(workshop: Workshop, made: Path) -> None:
-    from depthprune.commands.frontier import _sample
-    from depthprune.data.text import TextSource
-
     content = results(made)
     text, law = TextSource(str(workshop.text)), {"law": TextSource(str(workshop.other))}
-    data = _sample(content["config"], text, law, 1)
+    data = one_sample(content["config"], text, law, 1, test_sequences=3)
     model = load(workshop.model)[0]
     point = content["measured"][Point(1, "hybrid", "params<=0.6", "none").key]
     with swapped(model, PruningPlan.of(*point["sites"])):

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from depthprune.anatomy import unpruned_fingerprint
 from depthprune.configuration import as_data
-from depthprune.data.module import TextDataModule
+from depthprune.data.module import TextDataModule, one_sample
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
 from depthprune.figures import write_figures
@@ -144,7 +144,7 @@ def _measure(
     data: dict[int, TextDataModule] = {}
     for sample, label in tracked(todo, "Rungs"):
         if sample not in data:
-            data = {sample: _sample(config, text, domains, sample)}
+            data = {sample: one_sample(config, text, domains, sample, **_sequences(config))}
             check_same(run.content, run.folder, f"text of sample {sample}", text_fingerprints(data[sample], run.chosen))
         if label not in (UNPRUNED, BARE):
             _check_damage(run, sample)
@@ -268,22 +268,10 @@ def _chosen(rungs: Mapping[str, Rung]) -> dict[str, Rung]:
     return chosen
 
 
-def _sample(config: dict[str, Any], text: TextSource, domains: dict[str, TextSource], sample: int) -> TextDataModule:
-    """The texts of one of the samples."""
-
-    def part(source: TextSource) -> TextSource:
-        return dataclasses.replace(source, sample=sample, samples=config["samples"])
-
-    return TextDataModule(
-        tokenizer=config["model"],
-        revision=config["revision"],
-        text=part(text),
-        domains={name: part(source) for name, source in domains.items()},
-        sequence_length=config["sequence_length"],
-        batch_size=config["batch_size"],
-        calibration_sequences=config["calibration_sequences"],
-        evaluation_sequences=config["tune_sequences"],
-        test_sequences=config["test_sequences"],
-        shares=RoleShares(**config["shares"]),
-        seed=config["seed"],
-    )
+def _sequences(config: Mapping[str, Any]) -> dict[str, int]:
+    """Sequences of a sample, as the data module names them."""
+    return {
+        "calibration_sequences": config["calibration_sequences"],
+        "evaluation_sequences": config["tune_sequences"],
+        "test_sequences": config["test_sequences"],
+    }

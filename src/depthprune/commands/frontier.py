@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from rich.console import Console
 from depthprune.anatomy import unpruned_fingerprint
 from depthprune.configuration import as_data, saved_results
 from depthprune.data.answers import held_apart, named_tasks, open_answers
-from depthprune.data.module import TextDataModule
+from depthprune.data.module import TextDataModule, one_sample
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.devices import start_fabric
 from depthprune.evaluation.answers import chance_of
@@ -125,7 +124,12 @@ def frontier(
         data: dict[int, TextDataModule] = {}
         for number, point in enumerate(points, 1):
             if point.sample not in data:
-                data = {point.sample: _sample(config, text, domains or {}, point.sample)}
+                counts = {
+                    "score_sequences": sequences,
+                    "calibration_sequences": calibration_sequences,
+                    "test_sequences": test_sequences,
+                }
+                data = {point.sample: one_sample(config, text, domains or {}, point.sample, **counts)}
                 run.measure_unpruned(point.sample, data[point.sample])
             print(f"{number} of {len(points)}: {point.kinds} within {point.budget}, {point.recovery}.", flush=True)
             run.measure(point, data[point.sample])
@@ -161,26 +165,3 @@ def _check(config: Mapping[str, Any], recoveries: Mapping[str, Rung]) -> None:
             raise ValueError(f"{name} is {config[name]}: set it to 1 or more.")
     if not 0 < config["positions"] <= 1:
         raise ValueError(f"positions is {config['positions']}: choose a share over 0 and up to 1.")
-
-
-def _sample(
-    config: Mapping[str, Any], text: TextSource, domains: Mapping[str, TextSource], sample: int
-) -> TextDataModule:
-    """The texts of one of the samples."""
-
-    def part(source: TextSource) -> TextSource:
-        return replace(source, sample=sample, samples=config["samples"])
-
-    return TextDataModule(
-        tokenizer=config["model"],
-        revision=config["revision"],
-        text=part(text),
-        domains={name: part(source) for name, source in domains.items()},
-        sequence_length=config["sequence_length"],
-        batch_size=config["batch_size"],
-        score_sequences=config["sequences"],
-        calibration_sequences=config["calibration_sequences"],
-        test_sequences=config["test_sequences"],
-        shares=RoleShares(**config["shares"]),
-        seed=config["seed"],
-    )

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -235,6 +235,40 @@ def one_text(
         sequence_length=sequence_length,
         batch_size=batch_size,
         shares=shares,
+        **sequences,
+    )
+
+
+def one_sample(
+    config: Mapping[str, Any],
+    text: TextSource,
+    domains: Mapping[str, TextSource],
+    sample: int,
+    **sequences: Any,
+) -> TextDataModule:
+    """A data module of one of several disjoint samples of texts.
+
+    Args:
+        config: of the command: its ``model``, ``revision``, ``sequence_length``, ``batch_size``, ``shares``, ``seed``,
+            and how many ``samples`` there are.
+        text: the training text.
+        domains: the others, by name.
+        sample: which, from 0.
+        sequences: numbers of sequences, as :class:`TextDataModule` names them.
+    """
+
+    def part(source: TextSource) -> TextSource:
+        return replace(source, sample=sample, samples=config["samples"])
+
+    return TextDataModule(
+        tokenizer=config["model"],
+        revision=config["revision"],
+        text=part(text),
+        domains={name: part(source) for name, source in domains.items()},
+        sequence_length=config["sequence_length"],
+        batch_size=config["batch_size"],
+        shares=RoleShares(**config["shares"]),
+        seed=config["seed"],
         **sequences,
     )
 
