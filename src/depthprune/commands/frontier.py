@@ -48,7 +48,7 @@ def frontier(
     standing: str | None = None,
     samples: int = 3,
     load_of_latency: Load = Load(1, 128, 32),  # noqa: B008 -- frozen
-    sequences: int = 4,
+    sequences: int = 16,
     calibration_sequences: int = 64,
     test_sequences: int = 32,
     test_questions: int = 200,
@@ -82,7 +82,7 @@ def frontier(
             that changes kept layers a linear map.
         samples: disjoint samples of the texts.
         load_of_latency: what latency is of.
-        sequences: of a sample, that plans are compared on.
+        sequences: of a sample, that plans are compared on; single sites and steps on a quarter of them.
         calibration_sequences: of a sample, that recoveries and maps are fitted to.
         test_sequences: of a sample of each domain, to measure on.
         test_questions: at most so many questions of each task to ask.

@@ -58,7 +58,7 @@ def search(
     options: dict[str, Any] | None = None,
     standing: str | None = None,
     load_of_latency: Load = Load(1, 128, 32),  # noqa: B008 -- frozen
-    sequences: int = 8,
+    sequences: int = 16,
     calibration_sequences: int = 32,
     sequence_length: int = 256,
     batch_size: int = 2,
@@ -92,7 +92,7 @@ def search(
             the replacement itself if not given, and for one that changes kept layers a linear map.
         load_of_latency: what latency is of: sequences at once, tokens of the prompt, tokens written behind it; flops
             are those of the prompt.
-        sequences: how many sequences plans are measured on.
+        sequences: how many sequences plans are measured on; single sites and steps on a quarter of them.
         calibration_sequences: how many sequences replacements are fitted to.
         sequence_length: tokens of a sequence.
         batch_size: sequences of a batch.

@@ -23,11 +23,12 @@ def beam(problem: Problem) -> None:
     prices = problem.prices()
     space = problem.space
     known = {(NOTHING, choice): price for choice, price in prices.items()}
-    beams: dict[Absent, float] = problem.measure([NOTHING], "The unpruned model")
+    beams: dict[Absent, float] = problem.measure([NOTHING], "The unpruned model", problem.few)
     while unfinished := [plan for plan in beams if not space.allows(plan)]:
         steps = {plan: likeliest(space, plan, known, BRANCH) for plan in unfinished}
         nearest = min(map(space.distance, unfinished))
-        losses = problem.measure([step for some in steps.values() for step in some], f"{nearest:.0%} to go")
+        some_steps = [step for some in steps.values() for step in some]
+        losses = problem.measure(some_steps, f"{nearest:.0%} to go", problem.few)
         lowest = float("inf")
         for plan, some in steps.items():
             for step in some:
@@ -38,4 +39,4 @@ def beam(problem: Problem) -> None:
         promise = {plan: loss + space.distance(plan) * lowest for plan, loss in reached.items()}
         best = sorted(reached, key=lambda plan: (promise[plan], sorted(plan)))[:WIDTH]
         beams = {plan: reached[plan] for plan in best}
-    problem.measure([space.trimmed(plan, prices) for plan in beams], "The plans")
+    problem.measure([*beams, *(space.trimmed(plan, prices) for plan in beams)], "The plans")

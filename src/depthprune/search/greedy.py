@@ -35,15 +35,15 @@ def greedily(problem: Problem) -> None:
     """
     prices = problem.prices()
     space, plan = problem.space, NOTHING
-    loss = problem.measure([plan], "The unpruned model")[plan]
+    loss = problem.measure([plan], "The unpruned model", problem.few)[plan]
     known = {(NOTHING, choice): price for choice, price in prices.items()}
     while not space.allows(plan):
         likely = likeliest(space, plan, known, WIDTH)
-        losses = problem.measure(likely, f"{space.distance(plan):.0%} to go")
+        losses = problem.measure(likely, f"{space.distance(plan):.0%} to go", problem.few)
         known |= {part(space, plan, step): after - loss for step, after in losses.items()}
         plan = min(losses, key=lambda step: per_unit(space, plan, step, losses[step] - loss))
         loss = losses[plan]
-    problem.measure([space.trimmed(plan, prices)], "The plan")
+    problem.measure([plan, space.trimmed(plan, prices)], "The plan")
 
 
 def part(space: Space, plan: Absent, step: Absent) -> tuple[Absent, Absent]:

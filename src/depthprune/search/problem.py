@@ -33,6 +33,11 @@ class Problem:
     best_loss: float = float("inf")
     history: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def few(self) -> int:
+        """The batches on which single sites and steps are compared: a quarter of the text."""
+        return max(1, len(self.losses.batches) // 4)
+
     def measure(self, plans: Sequence[Absent], label: str, batches: int | None = None) -> dict[Absent, float]:
         """Losses of plans; those over all batches may become the best one.
 
@@ -51,9 +56,9 @@ class Problem:
         return losses
 
     def prices(self) -> dict[Absent, float]:
-        """By how much the loss rises for each choice at a block alone; of two halves, their rises together."""
+        """By how much the loss rises for each choice at a block alone, on a few batches; of two halves, their sum."""
         choices = [choice for some in self.space.choices.values() for choice in some]
         single = list(dict.fromkeys(choice for choice in choices if len(choice) <= 1))
-        losses = self.measure(single, "Each site alone")
+        losses = self.measure(single, "Each site alone", self.few)
         rises = {choice: losses[choice] - losses[NOTHING] for choice in single}
         return {choice: sum(rises[frozenset({site})] for site in choice) for choice in choices}
