@@ -15,10 +15,11 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from depthprune.anatomy import IN_FILES, Anatomy, weights_hash
 from depthprune.families import check_supported, refuse_quantised
+from depthprune.filled import check_filled
 from depthprune.loading import (
     MODEL_TYPE,
     config_dict,
@@ -62,12 +63,17 @@ class OffloadedModel:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         check_supported(config)
         self.files = WeightFiles(folder)
-        self.dtype = chosen if isinstance(chosen, torch.dtype) else (config.dtype or torch.float32)
+        self.dtype = chosen if isinstance(chosen, torch.dtype) else (config.dtype or self.files.dtype())
         with init_empty_weights(include_buffers=False):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=self.dtype, attn_implementation=attn_implementation
             ).eval()
         self.model.requires_grad_(False)
+        if (folder / "generation_config.json").is_file():
+            try:
+                self.model.generation_config = GenerationConfig.from_pretrained(folder)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{folder}/generation_config.json is damaged: remove it.") from error
         self.model.name_or_path = self.model.config._name_or_path = str(name)
         self.anatomy = Anatomy.of(self.model)
         self.device = torch.device(device)
@@ -196,13 +202,22 @@ class OffloadedModel:
         lacking = sorted(set(state) - there - set(self._stored))
         spare = there - set(state)
         head = f"{_name_of(self.model, self.model.get_output_embeddings())}.weight"
-        if lacking == [head] and len(spare) == 1:  # some families store it under a name of its own
-            self._stored[head] = spare.pop()
+        alike = [key for key in spare if "." in key and self.files.shapes[key] == tuple(state.get(head, ()).shape)]
+        if lacking == [head] and len(alike) == 1:  # some families store it under a name of its own
+            self._stored[head] = alike[0]
         elif lacking:
             raise ValueError(
                 f"The weights of {name} have no {lacking[0]}, or hold it in another form: open the model with "
                 "transformers once, save it with save_pretrained, and name that folder."
             )
+        blocks = self._prefixes[0].removesuffix("0.")
+        found = {
+            "missing_keys": [],
+            "mismatched_keys": [
+                (key,) for key in state if key in there and self.files.shapes[key] != tuple(state[key].shape)
+            ],
+        }
+        check_filled(name, found, [key for key in spare if key.startswith(blocks)])
 
 
 def _plain_folder(name: str, revision: str | None) -> Path:

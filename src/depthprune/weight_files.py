@@ -30,7 +30,7 @@ class WeightFiles:
 
     Attributes:
         files: each tensor's file, by the tensor's name.
-        sizes: each tensor's bytes.
+        shapes: each tensor's shape.
 
     Raises:
         ValueError: there are no such files; a shard is missing, cut off or too long, or lacks a tensor of the index.
@@ -40,10 +40,11 @@ class WeightFiles:
         self.folder = folder
         named = _named_files(folder)
         self.files: dict[str, Path] = {}
-        self.sizes: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
         for path in sorted(set(named.values()) if named else {folder / SINGLE}):
-            for name, size in _tensors(path).items():
-                self.files[name], self.sizes[name] = path, size
+            for name, about in _tensors(path).items():
+                self.files[name], self.shapes[name], self._dtypes[name] = path, tuple(about["shape"]), about["dtype"]
         if lacking := sorted(set(named) - set(self.files)):
             raise ValueError(
                 f"The shard {named[lacking[0]]} lacks {lacking[0]}, which the index says is there: fetch it again."
@@ -51,6 +52,11 @@ class WeightFiles:
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
+
+    def dtype(self) -> torch.dtype:
+        """The dtype of the floating-point numbers, of the first such tensor."""
+        names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        return next((names[kind] for kind in self._dtypes.values() if kind in names), torch.float32)
 
     def read(
         self, names: Iterable[str], dtype: torch.dtype, empty: Callable[[torch.Size, torch.dtype], Tensor] = _empty
@@ -102,8 +108,8 @@ def _named_files(folder: Path) -> dict[str, Path]:
         raise ValueError(f"{folder / INDEX} is damaged: fetch the model again.") from error
 
 
-def _tensors(path: Path) -> dict[str, int]:
-    """The tensors of a file with their bytes, after its size is checked.
+def _tensors(path: Path) -> dict[str, dict[str, Any]]:
+    """The tensors of a file with what its header says of them, after its size is checked.
 
     Raises:
         ValueError: the file is missing, or no whole safetensors file.
@@ -121,6 +127,6 @@ def _tensors(path: Path) -> dict[str, int]:
         if wanted != actual:
             raise ValueError(f"it is {actual:,} bytes long and should be {wanted:,}")
         with safe_open(path, framework="pt"):
-            return {name: end - begin for name, (begin, end) in ends.items()}
+            return header
     except (ValueError, KeyError, TypeError, SafetensorError, OSError) as error:
         raise ValueError(f"The shard {path} is damaged ({first_line(error)}): fetch the model again.") from error

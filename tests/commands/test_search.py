@@ -180,3 +180,12 @@ def test_a_folder_of_another_search_is_refused(workshop: Workshop, tmp_path: Pat
     (output / "search.json").unlink()
     (output / "costs.json").write_text("{}")
     assert "costs.json is damaged" in refusal(*command(workshop, output, "--method", "knapsack"))
+
+
+def test_costs_of_other_settings_are_counted_anew(workshop: Workshop, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert "cannot be kept" in refusal(*command(workshop, output, "--budget", "params<=0.1"))
+    flags = ("--budget", "params<=0.8", "--replacement", "linear", "--standing", "none", "--method", "knapsack")
+    assert run(*command(workshop, output, *flags)) == 0
+    standing = json.loads((output / "costs.json").read_text())["standing"]
+    assert standing["params"] == 32 * 32 + 32

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import depthprune as dp
+from depthprune.block_progress import BlockProgress
 from depthprune.offload import OffloadedModel
 from depthprune.recovery.fitting import Fitting
 from depthprune.recovery.offloaded import prune_offloaded, save_offloaded
@@ -114,3 +116,51 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match=r"has room for 0\.00 GB"):
             save_offloaded(offloaded, None, tmp_path / "pruned")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_generation_settings_stay(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.generation_config.update(do_sample=True, temperature=0.3, eos_token_id=[2, 5])
+    model.save_pretrained(tmp_path / "model")
+    with OffloadedModel(str(tmp_path / "model")) as offloaded:
+        prune_offloaded(offloaded, PruningPlan.of("block.2"), [])
+        save_offloaded(offloaded, None, tmp_path / "pruned")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").generation_config
+    assert found.temperature == 0.3
+    assert found.eos_token_id == [2, 5]
+
+
+def test_other_batches_begin_anew(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    whole, plan = list(calibration()), PruningPlan.of("block.2", replacement="emulated_update")
+    parts = [dict(zip(batch, rows, strict=True)) for batch in whole for rows in _rows(batch)]
+    found = []
+    for batches in (whole, parts):
+        progress = BlockProgress(tmp_path / "progress", {})
+        with OffloadedModel(str(tmp_path / "model")) as offloaded:
+            prune_offloaded(offloaded, plan, batches, progress=progress)
+            found.append(offloaded.model.model.layers[2].replacement.mean)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+def _rows(batch: Any) -> list[list[torch.Tensor]]:
+    return [[tensor[row : row + 1] for tensor in batch.values()] for row in range(len(batch["input_ids"]))]
+
+
+def test_files_that_do_not_belong_to_the_config_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    norm = "model.layers.2.input_layernorm.weight"
+    headless = {key: value for key, value in tensors.items() if key != "lm_head.weight"}
+    for wrong, sentence in (
+        (tensors | {norm: torch.ones(1)}, "have other shapes in"),
+        (tensors | {"model.layers.6.mlp.up_proj.weight": torch.ones(2)}, "beyond what config.json describes"),
+        (
+            {key: value for key, value in tensors.items() if key != "lm_head.weight"} | {"a.foo": torch.ones(3)},
+            "have no",
+        ),
+    ):
+        save_file(wrong, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=sentence):
+            OffloadedModel(str(folder))

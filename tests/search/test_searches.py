@@ -215,3 +215,13 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "losses.json").write_text("[]")
     with pytest.raises(ValueError, match="is damaged"):
         losses_in(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["influence", "greedy", "beam"])
+def test_no_way_is_a_dead_end(name: str, tmp_path: Path) -> None:
+    space = space_of("flops<=0.2 params<=0.33")
+    check_reachable(space)
+    problem = Problem(space, losses_in(tmp_path))
+    SEARCHES[name](problem)
+    assert problem.best is not None
+    assert space.allows(problem.best)

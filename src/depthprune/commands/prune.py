@@ -183,7 +183,7 @@ def _prune_in_files(
     settings = {
         "weights": unpruned_fingerprint(offloaded.model).weights,
         "plan": plan.to_dict()["removals"],
-        "tokens": None if text is None else text.fingerprint,
+        "tokens": None if text is None else [text.fingerprint, len(text)],
         "dtype": str(offloaded.dtype),
     }
     place = make_folder(output.parent) / f".{output.name}.progress.safetensors"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,8 @@ def search(
         fit = data.calibration_dataloader() if meanwhile.replacement != "none" else None
         fitted = {} if fit is None else fitted_standing(causal_lm, kinds, meanwhile, fit)
         sites = anatomy.sites(tuple(kinds))
+        if not sites:
+            raise ValueError(f"The model has no {' or '.join(kinds)} sites left: name other kinds.")
         settings = {
             "weights": unpruned_fingerprint(causal_lm).weights,
             "tokens": loader.fingerprint,
@@ -249,17 +251,26 @@ def _costs(
 ) -> Costs:
     """The cost table: that of a run before, as latency is measured a little differently each time."""
     path = folder / COSTS
-    if path.exists():
-        try:
-            return Costs.from_dict(read_json(path, "a cost table"))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged: remove it.") from error
     counted = ["params", "kv", "flops"]
     measured = ["latency"] if "latency" in budget.limits else []
+    settings = {
+        "weights": unpruned_fingerprint(model).weights,
+        "sites": [str(site) for site in sites],
+        "standing": repr(standing),
+        "load": asdict(load),
+        "resources": [*counted, *measured],
+    }
+    if path.exists():
+        try:
+            content = read_json(path, "a cost table")
+            if content["settings"] == settings:
+                return Costs.from_dict(content)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: remove it.") from error
     if measured:
         print("Measuring how long each site takes.", flush=True)
     costs = measure_costs(model, sites, standing, load, REPEATS, [*counted, *measured])
-    write_json(path, costs.to_dict())
+    write_json(path, {"settings": settings, **costs.to_dict()})
     return costs
 
 

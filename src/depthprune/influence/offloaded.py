@@ -66,6 +66,8 @@ def estimate_offloaded(
         raise ValueError(f"Name at least one metric of the text: {', '.join(STATIC_METRICS)}.")
     baselines = [name for name in metrics if name in BASELINES]
     sites = anatomy.sites(tuple(kinds))
+    if not sites:
+        raise ValueError("Name at least one kind of site to score.")
     texts = list(on_device(batches, offloaded.model))
     for batch in texts:
         check_batch(batch)
@@ -77,9 +79,10 @@ def estimate_offloaded(
     done = 0
     if progress is not None:
         progress.check_space([batch.unpruned for batch in carried], len(sites) * 8 * (anatomy.hidden_size + 4000))
-        done, found = progress.done, dict(progress.found)
-        for waiting, stream in zip(carried, progress.streams, strict=False):
-            waiting.unpruned = waiting.pruned = stream.to(offloaded.device)
+        if [stream.shape for stream in progress.streams] == [waiting.unpruned.shape for waiting in carried]:
+            done, found = progress.done, dict(progress.found)
+            for waiting, stream in zip(carried, progress.streams, strict=True):
+                waiting.unpruned = waiting.pruned = stream.to(offloaded.device)
     for place in watch(range(done, len(anatomy.blocks))):
         here = [site for site in sites if site.index == anatomy.kept_blocks[place]]
         influence = StaticInfluence(here, static, denominator, leave_out_massive, RESAMPLES, seed)

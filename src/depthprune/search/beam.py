@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from depthprune.search.greedy import likeliest, part, per_unit
+from depthprune.search.knapsack import cheapest
 from depthprune.search.problem import Problem
 from depthprune.search.space import NOTHING
 from depthprune.variants import Absent
@@ -27,6 +28,9 @@ def beam(problem: Problem) -> None:
     while unfinished := [plan for plan in beams if not space.allows(plan)]:
         steps = {plan: likeliest(space, plan, known, BRANCH) for plan in unfinished}
         nearest = min(map(space.distance, unfinished))
+        if not any(steps.values()) and len(unfinished) == len(beams):  # no way is left within the budget
+            beams = {cheapest(space, prices): 0.0}
+            break
         some_steps = [step for some in steps.values() for step in some]
         losses = problem.measure(some_steps, f"{nearest:.0%} to go", problem.few)
         lowest = float("inf")

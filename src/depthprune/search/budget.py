@@ -36,7 +36,7 @@ class Budget:
         for resource, limit in self.limits.items():
             if resource not in RESOURCES:
                 raise unknown_name("resource of a budget", resource, RESOURCES)
-            if not (0 < limit < 1 or (limit == 0 and resource == "kv")):
+            if not (0 < limit < 1 - 2 * SLACK or (limit == 0 and resource == "kv")):
                 raise ValueError(
                     f"The budget allows {limit:g} of the unpruned model's {resource}: give a share over 0 and under 1, "
                     f"such as {resource}<=0.85."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from depthprune.search.knapsack import cheapest
 from depthprune.search.problem import Problem
 from depthprune.search.space import NOTHING, Space
 from depthprune.variants import Absent
@@ -23,6 +24,9 @@ def by_influence(problem: Problem) -> None:
         rises = {
             step: prices[part(space, plan, step)[1]] - prices[part(space, plan, step)[0]] for step in space.steps(plan)
         }
+        if not rises:  # what went so far leaves no way within the budget
+            plan = cheapest(space, prices)
+            break
         plan = min(rises, key=lambda step: (per_unit(space, plan, step, rises[step]), sorted(step)))
     problem.measure([space.trimmed(plan, prices)], "The plan")
 
@@ -39,6 +43,9 @@ def greedily(problem: Problem) -> None:
     known = {(NOTHING, choice): price for choice, price in prices.items()}
     while not space.allows(plan):
         likely = likeliest(space, plan, known, WIDTH)
+        if not likely:
+            plan = cheapest(space, prices)
+            break
         losses = problem.measure(likely, f"{space.distance(plan):.0%} to go", problem.few)
         known |= {part(space, plan, step): after - loss for step, after in losses.items()}
         plan = min(losses, key=lambda step: per_unit(space, plan, step, losses[step] - loss))
