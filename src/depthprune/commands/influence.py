@@ -97,6 +97,8 @@ def influence(
     """
     if (text is None) == (task is None):
         raise ValueError("Score on a text or on a task: name one of the two, such as --text.path xsum.")
+    if offload:  # before several processes are started
+        _check_offload(devices, device_map, run_length, rounds)
     folder = make_folder(output)
     fabric = start_fabric(accelerator, devices, strategy)
     with only_writer(folder) if fabric.is_global_zero else nullcontext():
@@ -105,7 +107,6 @@ def influence(
             print(f"Scoring {', '.join(kinds)} sites of {model} on {what}.", flush=True)
         offloaded = None
         if offload:
-            _check_offload(devices, device_map, run_length, rounds)
             offloaded = OffloadedModel(model, dtype, revision, attn_implementation, fabric.device)
             causal_lm, tokenizer = offloaded.model, load_tokenizer(model, revision)
         else:
