@@ -150,7 +150,7 @@ def influence(
         else:
             saved = SavedSums(folder / "progress.safetensors", settings, save_every)
         if saved.done and fabric.is_global_zero:
-            print(f"Going on from what a run before had found in {folder}.", flush=True)
+            print(f"Going on from what a run before had summed in {folder}.", flush=True)
         if offloaded:
             assert isinstance(saved, BlockProgress)
             with offloaded:
