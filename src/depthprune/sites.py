@@ -18,6 +18,17 @@ PLURALS = {"block": "blocks", "attention": "attentions", "mlp": "MLPs"}  # what 
 PLAN_VERSION = 1
 
 
+def check_kinds(kinds: Iterable[str]) -> None:
+    """Refuse what is no kind of site.
+
+    Raises:
+        ValueError: one of them is none.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise unknown_name("kind of site", kind, KINDS)
+
+
 @dataclass(frozen=True, order=True)
 class Site:
     """A place that can be removed: a whole block, or only its attention or MLP.
@@ -31,8 +42,7 @@ class Site:
     kind: str
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise unknown_name("kind of site", self.kind, KINDS)
+        check_kinds([self.kind])
         if type(self.index) is not int:
             raise ValueError(f"A site's block number is a whole number, not {self.index!r}: write block.12.")
         if self.index < 0:

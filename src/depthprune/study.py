@@ -38,7 +38,7 @@ from depthprune.recovery.closed_form import calibrate
 from depthprune.recovery.ladder import Rung, climbed
 from depthprune.recovery.training import Training
 from depthprune.report.render import console_table, write_report
-from depthprune.sites import KINDS, PruningPlan, Site
+from depthprune.sites import PruningPlan, Site, check_kinds
 from depthprune.study_file import StudyFile
 from depthprune.surgery import install_slots, remove_slots, switched
 
@@ -115,9 +115,7 @@ def study(
         accelerator: as in Lightning: auto, cpu, gpu.
     """
     config = as_data(locals())
-    for plan in plans:
-        if plan.kind not in KINDS:
-            raise unknown_name("kind of site", plan.kind, KINDS)
+    check_kinds(plan.kind for plan in plans)
     names = [plan.name for plan in plans]
     if twice := sorted({plan for plan in names if names.count(plan) > 1}):
         raise ValueError(f"plans holds {', '.join(twice)} more than once: keep one of each.")

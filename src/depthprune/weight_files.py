@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,17 @@ from depthprune.filled import first_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+
+def check_shard_size(size: str) -> None:
+    """Refuse what is no size of a file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)[KMGT]B", size.upper())
+    if found is None or not float(found[1]):
+        raise ValueError(f"max_shard_size is {size!r}: write a size such as 500MB or 5GB.")
 
 
 def _empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -108,7 +108,16 @@ def test_what_stands_in_sites_counts(workshop: Workshop, tmp_path: Path) -> None
     assert run(*command(workshop, tmp_path / "refit", *refit)) == 0
     assert results(tmp_path / "refit")["standing"] == "linear"
     assert results(tmp_path / "refit")["shares"]["params"] <= 0.85
-    assert "the plan has refit" in (tmp_path / "refit" / "search.md").read_text()
+    found = results(tmp_path / "refit")
+    report = (tmp_path / "refit" / "search.md").read_text()
+    assert f"After refit it is {found['recovered_loss']:.3f}, and that of the unpruned model" in report
+    recovered = [final["recovered"] for final in found["finals"]]
+    assert recovered == sorted(recovered)
+    assert found["finals"][0]["plan"] == found["sites"]
+    assert found["recovered_loss"] == recovered[0]
+    (tmp_path / "refit" / "plan.json").unlink()
+    assert run(*command(workshop, tmp_path / "refit", *refit)) == 0  # again, from what was measured
+    assert {**results(tmp_path / "refit"), "seconds": 0} == {**found, "seconds": 0}
 
 
 def test_latency_is_measured_where_it_is_limited(workshop: Workshop, tmp_path: Path) -> None:
@@ -122,7 +131,7 @@ def test_a_killed_search_goes_on(workshop: Workshop, tmp_path: Path, monkeypatch
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert run(*command(workshop, straight)) == 0
     monkeypatch.setattr(losses_room, "SAVE_EVERY", 0.0)
-    save = VariantLosses._save
+    save = VariantLosses.save
 
     def work() -> int:
         def save_and_die(losses: VariantLosses) -> None:
@@ -130,7 +139,7 @@ def test_a_killed_search_goes_on(workshop: Workshop, tmp_path: Path, monkeypatch
             if len(losses.nats) > 3:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        with patch.object(VariantLosses, "_save", save_and_die):
+        with patch.object(VariantLosses, "save", save_and_die):
             return run(*command(workshop, killed))
 
     assert forked(work) == -signal.SIGKILL

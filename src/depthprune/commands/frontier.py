@@ -27,9 +27,9 @@ from depthprune.report.frontier import console_table, frontier_figures, frontier
 from depthprune.report.html import write_page
 from depthprune.search.budget import Budget
 from depthprune.search.frontier import RESULTS, Frontier, by_recovery
-from depthprune.search.registry import SEARCHES
+from depthprune.search.registry import check_search
 from depthprune.search.standing import IN_SITES
-from depthprune.sites import KINDS
+from depthprune.sites import KINDS, check_kinds
 
 VERSION = 1
 KIND_SETS = {"blocks": ["block"], "attentions": ["attention"], "MLPs": ["mlp"], "hybrid": list(KINDS)}
@@ -148,20 +148,15 @@ def _check(config: Mapping[str, Any], recoveries: Mapping[str, Rung]) -> None:
         raise ValueError('There is no budget: name some, such as ["params<=0.9", "params<=0.8"].')
     for budget in config["budgets"]:
         Budget.parse(budget)
-    if config["method"] not in SEARCHES:
-        raise unknown_name("method of search", config["method"], SEARCHES)
+    check_search(config["method"], config["positions"])
     if config["standing"] is not None and config["standing"] not in IN_SITES:
         raise unknown_name("replacement to compare plans with", config["standing"], IN_SITES)
     if not config["kinds"] or not recoveries:
         raise ValueError("kinds and recoveries need one entry each, by name.")
     for some in config["kinds"].values():
-        for kind in some:
-            if kind not in KINDS:
-                raise unknown_name("kind of site", kind, KINDS)
+        check_kinds(some)
         if not some:
             raise ValueError("An entry of kinds is empty: name some of block, attention, mlp.")
     for name in ("samples", "test_questions"):
         if config[name] < 1:
             raise ValueError(f"{name} is {config[name]}: set it to 1 or more.")
-    if not 0 < config["positions"] <= 1:
-        raise ValueError(f"positions is {config['positions']}: choose a share over 0 and up to 1.")

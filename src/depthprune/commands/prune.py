@@ -27,6 +27,7 @@ from depthprune.recovery.trained import install_trained, read_trained
 from depthprune.removal import remove_for_good
 from depthprune.sites import PruningPlan
 from depthprune.surgery import check_plan
+from depthprune.weight_files import check_shard_size
 
 
 def prune(
@@ -55,7 +56,7 @@ def prune(
     revision: str | None = None,
     device_map: str | None = None,
     offload: bool = False,
-    max_shard_size: str = "5GB",
+    max_shard_size: str | None = None,
 ) -> None:
     """Make a plan and prune a model for good.
 
@@ -90,7 +91,8 @@ def prune(
         device_map: as in transformers, such as auto.
         offload: hold one block at a time, read from the safetensors files, for a model that is larger than memory; for
             none, emulated_update, additive_bias, low_rank_adapter and linear. Mean updates are saved block by block.
-        max_shard_size: with offload, the size at which files of weights are split, and so held in memory.
+        max_shard_size: with offload, the size at which files of weights are split, and so held in memory; 5GB if not
+            given.
     """
     given = [name for name, value in _sources(influence, sites, plan, checkpoint).items() if value is not None]
     if len(given) != 1:
@@ -104,6 +106,10 @@ def prune(
             raise ValueError(
                 f"{flag} does not go with {given[0]}, which has its own or no use for it: leave one of the two out."
             )
+    if max_shard_size is not None:
+        if not offload:
+            raise ValueError("max_shard_size goes with offload, which writes one file at a time: leave it out.")
+        check_shard_size(max_shard_size)
     output = str(check_new_folder(output))
     trained = read_trained(checkpoint) if checkpoint else None
     offloaded = None
@@ -158,7 +164,7 @@ def prune(
         if offloaded is None:
             prune_model(causal_lm, chosen, loader and tracked(loader, "Calibrating"), fitting)
         else:
-            _prune_in_files(offloaded, tokenizer, chosen, loader, fitting, Path(output), max_shard_size)
+            _prune_in_files(offloaded, tokenizer, chosen, loader, fitting, Path(output), max_shard_size or "5GB")
     if offloaded is None:
         save(causal_lm, tokenizer, output)
     record = pruning_record(causal_lm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,23 @@ from depthprune.evaluation.figures import depth_diagram
 from depthprune.figures import write_figures
 from depthprune.files import make_folder, only_writer, read_json, write_json
 from depthprune.loading import PLAN_FILE, load
-from depthprune.names import unknown_name
 from depthprune.origin import origin
 from depthprune.progress import tracked
-from depthprune.recovery.closed_form import check_closed_form
+from depthprune.recovery.ladder import Rung
 from depthprune.replacements.base import Replacement
 from depthprune.replacements.registry import build_replacement
 from depthprune.report.html import write_page
 from depthprune.report.search import console_table, search_figure, search_report
 from depthprune.search.budget import Budget
 from depthprune.search.costs import Costs, measure_costs
+from depthprune.search.finals import Final, hold_finals, need_finals
 from depthprune.search.knapsack import check_reachable
-from depthprune.search.losses import OutOfTime, VariantLosses
+from depthprune.search.losses import OutOfTime
 from depthprune.search.problem import Problem
-from depthprune.search.registry import SEARCHES
+from depthprune.search.registry import check_search, run_search
 from depthprune.search.space import NOTHING, Space
-from depthprune.search.standing import fitted_standing, standing_of
-from depthprune.sites import KINDS, PruningPlan, Removal, Site
+from depthprune.search.standing import open_losses, standing_of
+from depthprune.sites import KINDS, PruningPlan, Removal, Site, check_kinds
 
 VERSION = 1
 RESULTS = "search.json"
@@ -107,16 +107,18 @@ def search(
     """
     config = as_data(dict(locals()))
     limits = Budget.parse(budget)
-    _check(method, kinds, positions, minutes)
+    check_search(method, positions)
+    _check(kinds, minutes)
     folder = make_folder(output)
     with only_writer(folder):
         _check_same(folder, config)
         causal_lm, _ = load(model, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
         torch.nn.Module.to(causal_lm, start_fabric(accelerator).device)
         anatomy = Anatomy.of(causal_lm)
-        like = Removal((Site(0, "block"),), replacement, options or {})
-        check_closed_form(PruningPlan((like,)))
-        counted = build_replacement(replacement, anatomy.hidden_size, like.options)
+        rung = Rung(replacement, options or {})
+        rung.check(anatomy.hidden_size)
+        like = Removal((Site(0, "block"),), replacement, rung.options)
+        counted = build_replacement(replacement, anatomy.hidden_size, rung.options)
         meanwhile = standing_of(like, standing)
         data = one_text(
             model,
@@ -130,36 +132,14 @@ def search(
         )
         loader = data.score_dataloader()
         print(f"Searching for {limits} on {loader.token_count} tokens of {text.path}, {method}.", flush=True)
-        fit = data.calibration_dataloader() if meanwhile.replacement != "none" else None
-        fitted = {} if fit is None else fitted_standing(causal_lm, kinds, meanwhile, fit)
         sites = anatomy.sites(tuple(kinds))
         if not sites:
             raise ValueError(f"The model has no {' or '.join(kinds)} sites left: name other kinds.")
-        settings = {
-            "weights": unpruned_fingerprint(causal_lm).weights,
-            "tokens": loader.fingerprint,
-            "fitted_to": None if fit is None else fit.fingerprint,
-            "standing": [meanwhile.replacement, dict(meanwhile.options)],
-            "positions": positions,
-            "batch_size": batch_size,
-            "seed": seed,
-            "dtype": str(causal_lm.dtype),
-            "attention": str(causal_lm.config._attn_implementation),
-        }
         costs = _costs(folder, causal_lm, sites, counted, load_of_latency, limits)
         space = Space(sites, costs, limits)
         check_reachable(space)
-        losses = VariantLosses(
-            causal_lm,
-            list(loader),
-            fitted,
-            settings,
-            folder / MEMORY,
-            positions,
-            seed,
-            None if minutes is None else 60 * minutes,
-            tracked,
-        )
+        seconds = None if minutes is None else 60 * minutes
+        losses = open_losses(causal_lm, kinds, meanwhile, data, folder / MEMORY, positions, seed, seconds, tracked)
         content: dict[str, Any] = {
             "depthprune_search": VERSION,
             "config": config,
@@ -180,16 +160,19 @@ def search(
             "standing": meanwhile.replacement,
         }
 
-        def found(problem: Problem) -> None:
-            assert problem.best is not None
-            removals = tuple(replace(like, sites=(site,)) for site in sorted(problem.best))
-            PruningPlan(removals, unpruned_fingerprint(causal_lm), about).save(folder / PLAN_FILE)
-            write_json(folder / RESULTS, content | _results(problem))
+        def write(problem: Problem, finals: Sequence[Final] = ()) -> dict[str, Any]:
+            results = content | _results(problem, finals)
+            plan = rung.plan(PruningPlan.of(*results["sites"]))
+            PruningPlan(plan.removals, unpruned_fingerprint(causal_lm), about).save(folder / PLAN_FILE)
+            write_json(folder / RESULTS, results)
+            return results
 
-        problem = Problem(space, losses, seed, found)
+        problem, finals = Problem(space, losses, seed, write), list[Final]()
         try:
             problem.measure([NOTHING], "The unpruned model")
-            SEARCHES[method](problem)
+            run_search(method, problem)
+            if need_finals(rung, meanwhile):
+                finals = hold_finals(problem, rung, data)
             content["is_finished"] = True
         except OutOfTime:
             print(f"The {minutes:g} minutes are over.", flush=True)
@@ -197,8 +180,7 @@ def search(
             raise ValueError(
                 f"No plan was measured in {minutes} minutes: run the same command with more of them, and it goes on."
             )
-        content |= _results(problem)
-        write_json(folder / RESULTS, content)
+        content = write(problem, finals)
         write_figures(
             folder,
             {
@@ -216,17 +198,11 @@ def search(
         print(f"Next: {shlex.join([*command, '--output', 'checkpoints/pruned'])}")
 
 
-def _check(method: str, kinds: Sequence[str], positions: float, minutes: float | None) -> None:
+def _check(kinds: Sequence[str], minutes: float | None) -> None:
     """Refuse settings that are out of range."""
-    if method not in SEARCHES:
-        raise unknown_name("method of search", method, SEARCHES)
-    for kind in kinds:
-        if kind not in KINDS:
-            raise unknown_name("kind of site", kind, KINDS)
+    check_kinds(kinds)
     if not kinds or len(set(kinds)) < len(kinds):
         raise ValueError("kinds names what may go, each once: some of block, attention, mlp.")
-    if not 0 < positions <= 1:
-        raise ValueError(f"positions is {positions}: choose a share over 0 and up to 1.")
     if minutes is not None and not 0 < minutes < float("inf"):
         raise ValueError(f"minutes is {minutes}: give more than 0, or leave it out.")
 
@@ -274,17 +250,19 @@ def _costs(
     return costs
 
 
-def _results(problem: Problem) -> dict[str, Any]:
+def _results(problem: Problem, finals: Sequence[Final]) -> dict[str, Any]:
     """What was found so far, as JSON-ready data."""
     assert problem.best is not None
-    losses = problem.losses([NOTHING, problem.best], "")
+    best = finals[0].plan if finals else problem.best
     return {
-        "sites": [str(site) for site in sorted(problem.best)],
-        "loss": problem.best_loss,
-        "unpruned_loss": losses[NOTHING],
-        "shares": problem.space.shares(problem.best),
+        "sites": [str(site) for site in sorted(best)],
+        "loss": problem.measured[best],
+        "recovered_loss": finals[0].recovered if finals else None,
+        "unpruned_loss": problem.losses([NOTHING], "")[NOTHING],
+        "shares": problem.space.shares(best),
         "limits": dict(problem.space.budget.limits),
         "passes": problem.losses.asked,
         "seconds": problem.losses.spent,
         "history": problem.history,
+        "finals": [final.to_dict() for final in finals],
     }

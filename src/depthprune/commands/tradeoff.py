@@ -34,7 +34,7 @@ from depthprune.progress import tracked
 from depthprune.report.html import write_page
 from depthprune.report.tradeoff import console_table, tradeoff_figure, tradeoff_report
 from depthprune.saved_sums import SavedSums
-from depthprune.sites import KINDS, Site
+from depthprune.sites import Site, check_kinds
 
 VERSION = 1
 RESULTS = "tradeoff.json"
@@ -87,8 +87,7 @@ def tradeoff(
         accelerator: as in Lightning: auto, cpu, gpu.
     """
     config = as_data(dict(locals()))
-    if kind not in KINDS:
-        raise unknown_name("kind of site", kind, KINDS)
+    check_kinds([kind])
     if metric not in METRICS:
         raise unknown_name("metric", metric, METRICS)
     if len(tasks) < 2:

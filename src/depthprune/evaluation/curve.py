@@ -14,10 +14,9 @@ from depthprune.evaluation.domains import DocumentLoss, DomainLoss
 from depthprune.head import Batch, evaluating, input_device, on_device, token_losses
 from depthprune.influence.table import InfluenceTable
 from depthprune.moments import mean_updates
-from depthprune.names import unknown_name
 from depthprune.replacements.constants import EmulatedUpdate
 from depthprune.saved_sums import SavedSums
-from depthprune.sites import KINDS, Site
+from depthprune.sites import Site, check_kinds
 from depthprune.variants import Absent, Standing, record, run_variants, switchable
 
 UNPRUNED: Absent = frozenset()
@@ -42,9 +41,7 @@ def first_sites(
     Raises:
         ValueError: an unknown metric or kind, no number or metric at all, or more sites than there are.
     """
-    for kind in kinds:
-        if kind not in KINDS:
-            raise unknown_name("kind of site", kind, KINDS)
+    check_kinds(kinds)
     if not metrics or not any(kinds.values()):
         raise ValueError("There is nothing to remove: name a metric and a number of sites, such as {block: [3, 6]}.")
     found: dict[tuple[str, str, int], Absent] = {}

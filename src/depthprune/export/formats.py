@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from depthprune.export.nemotron_nas import write_nemotron_nas
 from depthprune.export.table import LLAMA_FORMATS
 from depthprune.families import CUSTOM_CODE_PREFIX
 from depthprune.sites import Site
+from depthprune.weight_files import check_shard_size
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,7 @@ class Settings:
     gguf_type: str | None = None
 
     def __post_init__(self) -> None:
-        size = re.fullmatch(r"(\d+(?:\.\d+)?)[KMGT]B", self.max_shard_size.upper())
-        if size is None or not float(size[1]):
-            raise ValueError(f"max_shard_size is {self.max_shard_size!r}: write a size such as 500MB or 5GB.")
+        check_shard_size(self.max_shard_size)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from depthprune.influence.table import InfluenceTable
 from depthprune.moments import MeanUpdates, SiteMetric, run_observed
 from depthprune.names import unknown_name
 from depthprune.saved_sums import SavedSums
-from depthprune.sites import KINDS, Fingerprint, Site
+from depthprune.sites import KINDS, Fingerprint, Site, check_kinds
 
 RESAMPLES = 200  # of the text, for how stable an order is
 
@@ -215,9 +215,7 @@ def _check_questions(model: PreTrainedModel, text: _Text, metrics: Sequence[str]
 
 
 def _check_names(metrics: Sequence[str], kinds: Sequence[str], run_length: int) -> None:
-    for kind in kinds:
-        if kind not in KINDS:
-            raise unknown_name("kind of site", kind, KINDS)
+    check_kinds(kinds)
     if not metrics or not kinds:
         raise ValueError("Name at least one metric and one kind of site to score.")
     for metric in metrics:

@@ -19,7 +19,7 @@ from depthprune.moments import MeanUpdates, Observation, observed
 from depthprune.names import unknown_name
 from depthprune.offload import OffloadedModel
 from depthprune.recovery.carried import CarriedBatch, carry, run_block
-from depthprune.sites import KINDS, Site
+from depthprune.sites import KINDS, Site, check_kinds
 
 OFFLOADED_METRICS = (*STATIC_METRICS, *BASELINES)
 """Metrics that look at one block at a time."""
@@ -57,9 +57,7 @@ def estimate_offloaded(
     for name in metrics:
         if name not in OFFLOADED_METRICS:
             raise unknown_name("metric that looks at one block at a time", name, OFFLOADED_METRICS)
-    for kind in kinds:
-        if kind not in KINDS:
-            raise unknown_name("kind of site", kind, KINDS)
+    check_kinds(kinds)
     anatomy = offloaded.anatomy
     static = [name for name in metrics if name in STATIC_METRICS]
     if not static:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from depthprune.files import read_json, write_json, write_text
 from depthprune.names import unknown_name
-from depthprune.sites import KINDS, Fingerprint, PruningPlan, Removal, Site
+from depthprune.sites import Fingerprint, PruningPlan, Removal, Site, check_kinds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,9 +79,8 @@ class InfluenceTable:
             ValueError: unknown metric or kind, a kind that was not scored, or a value that is not finite.
         """
         column = self.of_metric(metric)
+        check_kinds(kinds)
         for kind in kinds:
-            if kind not in KINDS:
-                raise unknown_name("kind of site", kind, KINDS)
             if not any(site.kind == kind for site in column):
                 raise ValueError(f"The table holds no {kind} sites: score them first.")
         chosen = [site for site in column if site.kind in kinds]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -74,27 +74,50 @@ def search_report(content: Mapping[str, Any]) -> str:
     """
     config = content["config"]
     standing, replacement = (_in_words(name) for name in (content["standing"], config["replacement"]))
-    other = "" if standing == replacement else f" (the plan has {escaped(replacement)})"
+    finals = content["finals"]
     parts = [
         f"# A plan for {escaped(config['model'])} within {escaped(config['budget'])}",
-        f"Without {counts_text(content['sites'])}, and with {escaped(standing)} in their place{other}, the loss on the "
+        f"Without {counts_text(content['sites'])}, and with {escaped(standing)} in their place, the loss on the "
         f"{content['tokens']:,} tokens that were searched on is {content['loss']:.3f} nats per token; the unpruned "
-        f"model's is {content['unpruned_loss']:.3f}. The text was searched on, so what the plan is worth has to be "
-        "measured on another.",
+        f"model's is {content['unpruned_loss']:.3f}. "
+        + (f"After {escaped(replacement)} it is {_loss_text(finals[0])}. " if finals else "")
+        + "The text was searched on, so what the plan is worth has to be measured on another.",
         "![The best plan's loss by passes](search.png)",
         "![What the plan removes](removed.png)",
         markdown_table(["resource", "share of the unpruned model's", "limit"], _rows(content)),
         f"Sites: {', '.join(content['sites'])}.",
         f"Method: {config['method']}, {content['passes']:,} passes of a plan over a batch in "
         f"{content['seconds'] / 60:.1f} minutes" + ("." if content["is_finished"] else ", and not finished."),
+        *(_last_round(finals, escaped(replacement)) if finals else ()),
     ]
     return "\n\n".join(parts) + "\n"
 
 
+def _loss_text(final: Mapping[str, Any]) -> str:
+    return f"{final['recovered']:.3f}, and that of the unpruned model at the same positions {final['unpruned']:.3f}"
+
+
+def _last_round(finals: Sequence[Mapping[str, Any]], replacement: str) -> tuple[str, str, str]:
+    """The plans that were recovered."""
+    rows = [
+        [counts_text(final["plan"]), f"{final['recovered']:.3f}", f"{final['loss']:.3f}", ", ".join(final["plan"])]
+        for final in finals
+    ]
+    columns = ["removed", f"loss after {replacement}", "loss when compared", "sites"]
+    return (
+        "## The last round",
+        f"The best plans were recovered with {replacement}, each as a whole, and the best recovered one is taken.",
+        markdown_table(columns, rows),
+    )
+
+
 def console_table(content: Mapping[str, Any]) -> Table:
     """What the plan takes, for the terminal."""
-    title = f"Without {counts_text(content['sites'])}: {content['loss']:.3f} nats per token, unpruned "
-    table = Table(title=f"{title}{content['unpruned_loss']:.3f}", title_justify="left")
+    losses = f"{content['loss']:.3f} nats per token, unpruned {content['unpruned_loss']:.3f}"
+    if content["finals"]:
+        final = content["finals"][0]
+        losses = f"{final['recovered']:.3f} nats per token after the recovery, unpruned {final['unpruned']:.3f}"
+    table = Table(title=f"Without {counts_text(content['sites'])}: {losses}", title_justify="left")
     for column, justify in (("resource", "left"), ("share", "right"), ("limit", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for row in _rows(content):

@@ -39,11 +39,6 @@ class Costs:
     sites: Mapping[Site, Amounts]
     standing: Amounts = field(default_factory=dict)
 
-    @property
-    def resources(self) -> tuple[str, ...]:
-        """What is counted."""
-        return tuple(self.unpruned)
-
     def saved(self, site: Site) -> dict[str, float]:
         """By how much a site's removal lowers each resource, as a share of the unpruned model's."""
         return {

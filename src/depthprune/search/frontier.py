@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,14 @@ from depthprune.recovery.ladder import Rung, climbed
 from depthprune.replacements.registry import build_replacement
 from depthprune.search.budget import Budget
 from depthprune.search.costs import Costs, measure_costs
+from depthprune.search.finals import hold_finals, need_finals
 from depthprune.search.knapsack import check_reachable
 from depthprune.search.losses import VariantLosses, Watch
 from depthprune.search.problem import Problem
-from depthprune.search.registry import SEARCHES
+from depthprune.search.registry import run_search
 from depthprune.search.space import Space
-from depthprune.search.standing import fitted_standing, standing_of
+from depthprune.search.standing import open_losses, standing_of
 from depthprune.sites import KINDS, PruningPlan, Removal, Site
-from depthprune.variants import Standing
 
 RESULTS = "frontier.json"
 UNPRUNED = "unpruned"
@@ -112,8 +112,7 @@ class Frontier:
         if point.key in self.content["measured"]:
             return
         rung = self.recoveries[point.recovery]
-        like = Removal((Site(0, "block"),), rung.replacement, rung.options)
-        found = self._plan(point, like, data)
+        found = self._plan(point, rung, data)
         if "unreachable" in found:
             self.content["measured"][point.key] = found
             self.save()
@@ -137,12 +136,22 @@ class Frontier:
             answers[task] = {"right": given.right.tolist(), "likelihood": given.likelihood.tolist()}
         return {"losses": {domain: loss.to_dict() for domain, loss in losses.items()}, "answers": answers}
 
-    def _plan(self, point: Point, like: Removal, data: TextDataModule) -> dict[str, Any]:
+    def _plan(self, point: Point, rung: Rung, data: TextDataModule) -> dict[str, Any]:
         """The plan of a point, which recoveries share where it takes as much and is compared in the same way."""
+        like = Removal((Site(0, "block"),), rung.replacement, rung.options)
         meanwhile = standing_of(like, self.config["standing"])
+        has_finals = need_finals(rung, meanwhile)
         counted = build_replacement(like.replacement, Anatomy.of(self.model).hidden_size, like.options)
         costs = self._costs_of(counted)
-        parts = (point.sample, point.kinds, point.budget, counted, meanwhile.replacement, dict(meanwhile.options))
+        parts: tuple[object, ...] = (
+            point.sample,
+            point.kinds,
+            point.budget,
+            counted,
+            meanwhile.replacement,
+            dict(meanwhile.options),
+        )
+        parts = (*parts, replace(rung, training=None, tune={})) if has_finals else parts
         key = "; ".join(" ".join(str(part).split()) for part in parts)
         if key not in self.content["plans"]:
             sites = Anatomy.of(self.model).sites(tuple(self.kinds[point.kinds]))
@@ -154,12 +163,15 @@ class Frontier:
                 return self.content["plans"][key]
             losses = self._losses_of(point.sample, meanwhile, data)
             problem, spent = Problem(space, losses, self.config["seed"]), losses.spent
-            SEARCHES[self.config["method"]](problem)
-            assert problem.best is not None
+            run_search(self.config["method"], problem)
+            finals = hold_finals(problem, rung, data) if has_finals else []
+            best = finals[0].plan if finals else problem.best
+            assert best is not None
             self.content["plans"][key] = {
-                "sites": [str(site) for site in sorted(problem.best)],
-                "shares": space.shares(problem.best),
-                "search_loss": problem.best_loss,
+                "sites": [str(site) for site in sorted(best)],
+                "shares": space.shares(best),
+                "search_loss": problem.measured[best],
+                "finals": [final.to_dict() for final in finals],
                 "seconds_of_search": losses.spent - spent,
             }
         return dict(self.content["plans"][key])
@@ -178,23 +190,11 @@ class Frontier:
         name = slug(f"{sample} {meanwhile.replacement} {meanwhile.options or ''}")
         key = sample, name
         if key not in self._losses:
-            self._losses = {key: self._open(name, meanwhile, data)}  # one at a time, as maps take memory
+            path = make_folder(self.folder / "search") / f"{name}.json"
+            how = self.config["positions"], self.config["seed"]
+            losses = open_losses(self.model, KINDS, meanwhile, data, path, *how, watch=self.watch)
+            self._losses = {key: losses}  # one at a time, as maps take memory
         return self._losses[key]
-
-    def _open(self, name: str, meanwhile: Removal, data: TextDataModule) -> VariantLosses:
-        fit, loader = data.calibration_dataloader(), data.score_dataloader()
-        standing: Standing = fitted_standing(self.model, KINDS, meanwhile, fit)
-        settings = {
-            "weights": unpruned_fingerprint(self.model).weights,
-            "tokens": loader.fingerprint,
-            "fitted_to": fit.fingerprint,
-            "standing": [meanwhile.replacement, dict(meanwhile.options)],
-            "positions": self.config["positions"],
-            "dtype": str(self.model.dtype),
-        }
-        path = make_folder(self.folder / "search") / f"{name}.json"
-        positions, seed = self.config["positions"], self.config["seed"]
-        return VariantLosses(self.model, list(loader), standing, settings, path, positions, seed, watch=self.watch)
 
     def _save_plan(self, point: Point, plan: PruningPlan) -> None:
         about = {"by": "frontier", "budget": point.budget, "kinds": point.kinds, "sample": point.sample}

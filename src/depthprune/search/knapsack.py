@@ -26,13 +26,18 @@ def cheapest(space: Space, prices: Prices) -> Absent:
     return solved
 
 
+def is_reachable(space: Space) -> bool:
+    """Whether some plan is within the budget."""
+    return _solve(space, {}) is not None
+
+
 def check_reachable(space: Space) -> None:
     """Refuse a budget that no plan is within.
 
     Raises:
         ValueError: it is one; it says how close one comes.
     """
-    if _solve(space, {}) is not None:
+    if is_reachable(space):
         return
     closest = space.shares(_solve(space, {}, is_soft=True) or ())
     kinds = " and ".join(dict.fromkeys(site.kind for site in space.sites))

@@ -18,7 +18,7 @@ from depthprune.influence.distance import LogitDistance
 from depthprune.sites import Site
 from depthprune.variants import Absent, Standing, record, run_variants, switchable
 
-MEMORY_VERSION = 1
+MEMORY_VERSION = 2
 SAVE_EVERY = 15.0  # seconds
 
 Watch = Callable[[Iterable[None], str, int], Iterator[None]]
@@ -31,6 +31,10 @@ class OutOfTime(Exception):
 
 class VariantLosses:
     """Mean losses of variants over the first batches of a text.
+
+    Attributes:
+        recovered: losses on the whole text after a recovery, by what the recovery is and by variant.
+        spent: seconds of measuring, by all runs.
 
     Args:
         model: the unpruned model.
@@ -72,7 +76,8 @@ class VariantLosses:
         self.distance = LogitDistance(model)
         self.tokens: list[float] = []  # that count, by batch
         self.nats: dict[Absent, list[float]] = {}  # by variant and batch
-        self.spent = 0.0  # seconds, by all runs
+        self.recovered: dict[str, dict[Absent, float]] = {}
+        self.spent = 0.0
         self._asked: set[tuple[Absent, int]] = set()
         self._saved = time.monotonic()
         self._restore()
@@ -103,7 +108,7 @@ class VariantLosses:
                 for _ in self.watch(self._measured(variants, count), label, missing):
                     pass
             finally:
-                self._save()
+                self.save()
         tokens = sum(self.tokens[:count])
         return {variant: sum(self.nats[variant][:count]) / tokens for variant in variants}
 
@@ -121,7 +126,7 @@ class VariantLosses:
                 for variant in wanted:  # a batch is whole or not remembered
                     self.nats.setdefault(variant, []).append(found[variant])
                 if time.monotonic() - self._saved > SAVE_EVERY:
-                    self._save()
+                    self.save()
 
     def _run(self, variants: Sequence[Absent], place: int) -> Iterator[tuple[Absent, float]]:
         batch, started = self.batches[place], time.monotonic()
@@ -137,19 +142,29 @@ class VariantLosses:
                 raise ValueError(
                     f"The loss without {gone} is {nats}: set dtype to float32, or let something else stand there."
                 )
-            self.spent, started = self.spent + time.monotonic() - started, time.monotonic()
-            if self.seconds is not None and self.spent > self.seconds:
-                raise OutOfTime
+            spent, started = time.monotonic() - started, time.monotonic()
+            self.spend(spent)
             yield variants[number], nats
 
-    def _save(self) -> None:
-        named = {" ".join(map(str, sorted(variant))): nats for variant, nats in self.nats.items()}
+    def spend(self, seconds: float) -> None:
+        """Count seconds of measuring.
+
+        Raises:
+            OutOfTime: there are none left.
+        """
+        self.spent += seconds
+        if self.seconds is not None and self.spent > self.seconds:
+            raise OutOfTime
+
+    def save(self) -> None:
+        """Write down what was measured."""
         content = {
             "depthprune_search_losses": MEMORY_VERSION,
             "settings": self.settings,
             "seconds": self.spent,
             "tokens": self.tokens,
-            "nats": named,
+            "nats": _named(self.nats),
+            "recovered": {recovery: _named(losses) for recovery, losses in self.recovered.items()},
         }
         write_json(self.path, content)
         self._saved = time.monotonic()
@@ -160,8 +175,13 @@ class VariantLosses:
         content = read_json(self.path, "a search's losses")
         try:
             is_one = content["depthprune_search_losses"] == MEMORY_VERSION
-            settings, self.spent, self.tokens = content["settings"], float(content["seconds"]), content["tokens"]
-            self.nats = {frozenset(map(Site.parse, name.split())): nats for name, nats in content["nats"].items()}
+            settings, self.spent = content["settings"], float(content["seconds"])
+            self.tokens = list(map(float, content["tokens"]))
+            self.nats = {variant: list(map(float, nats)) for variant, nats in _parsed(content["nats"])}
+            for recovery, losses in content["recovered"].items():
+                self.recovered[recovery] = {variant: float(loss) for variant, loss in _parsed(losses)}
+            if any(len(nats) > len(self.tokens) for nats in self.nats.values()):
+                raise ValueError("it has losses of more batches than it has batches")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{self.path} is damaged: remove it.") from error
         differing = sorted(key for key in self.settings if settings.get(key) != self.settings[key])
@@ -171,3 +191,11 @@ class VariantLosses:
                 "remove it."
             )
         print(f"Going on from {len(self.nats)} plans that a run before measured in {self.path.parent}.", flush=True)
+
+
+def _named(by_variant: Mapping[Absent, Any]) -> dict[str, Any]:
+    return {" ".join(map(str, sorted(variant))): value for variant, value in by_variant.items()}
+
+
+def _parsed(by_name: Mapping[str, Any]) -> Iterator[tuple[Absent, Any]]:
+    return ((frozenset(map(Site.parse, name.split())), value) for name, value in by_name.items())

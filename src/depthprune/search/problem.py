@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from depthprune.search.losses import VariantLosses
@@ -22,21 +22,28 @@ class Problem:
         found: called with each new best plan.
         best: the plan within the budget with the lowest loss on all batches so far.
         best_loss: its loss, nats per token.
+        measured: the losses of all plans within the budget that were measured on all batches.
         history: of each new best plan, its loss and how many passes it took.
     """
 
     space: Space
     losses: VariantLosses
     seed: int = 0
-    found: Callable[[Problem], None] = lambda _: None
+    found: Callable[[Problem], object] = lambda _: None
     best: Absent | None = None
     best_loss: float = float("inf")
+    measured: dict[Absent, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def few(self) -> int:
         """The batches on which single sites and steps are compared: a quarter of the text."""
         return max(1, len(self.losses.batches) // 4)
+
+    def of_kind(self, kind: str) -> Problem:
+        """The same search among the plans that remove sites of one kind."""
+        sites = [site for site in self.space.sites if site.kind == kind]
+        return Problem(replace(self.space, sites=sites), self.losses, self.seed)
 
     def measure(self, plans: Sequence[Absent], label: str, batches: int | None = None) -> dict[Absent, float]:
         """Losses of plans; those over all batches may become the best one.
@@ -49,7 +56,10 @@ class Problem:
         losses = self.losses(plans, label, batches)
         if batches is None:
             for plan, loss in losses.items():
-                if loss < self.best_loss and plan and self.space.allows(plan):
+                if not plan or not self.space.allows(plan):
+                    continue
+                self.measured[plan] = loss
+                if loss < self.best_loss:
                     self.best, self.best_loss = plan, loss
                     self.history.append({"passes": self.losses.asked, "loss": loss})
                     self.found(self)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from depthprune.anatomy import Anatomy
+from depthprune.anatomy import Anatomy, unpruned_fingerprint
+from depthprune.data.module import TextDataModule
 from depthprune.head import Batch
 from depthprune.names import unknown_name
 from depthprune.pruning import swapped
 from depthprune.recovery.fitting import Fitting
 from depthprune.replacements.base import Replacement
+from depthprune.search.losses import VariantLosses, Watch
 from depthprune.sites import PruningPlan, Removal, Site
 from depthprune.surgery import site_slots
 from depthprune.variants import Standing
@@ -48,6 +51,47 @@ def fitted_standing(
                     assert isinstance(slot.replacement, Replacement)
                     found[site] = slot.replacement
     return found
+
+
+def open_losses(
+    model: PreTrainedModel,
+    kinds: Sequence[str],
+    meanwhile: Removal,
+    data: TextDataModule,
+    path: Path,
+    positions: float,
+    seed: int,
+    seconds: float | None = None,
+    watch: Watch = lambda items, _, __: iter(items),
+) -> VariantLosses:
+    """The losses of a search: what stands in sites is fitted, and what was measured before is read.
+
+    Args:
+        model: the unpruned model.
+        kinds: of the sites that may go.
+        meanwhile: a removal with what stands in sites while plans are compared.
+        data: its calibration text is fitted to, its score text is measured on.
+        path: of the file in which losses are remembered.
+        positions, seed, seconds, watch: see :class:`~depthprune.search.losses.VariantLosses`.
+
+    Raises:
+        ValueError: the file is of other settings.
+    """
+    text = data.score_dataloader()
+    fit = data.calibration_dataloader() if meanwhile.replacement != "none" else None
+    settings = {
+        "weights": unpruned_fingerprint(model).weights,
+        "tokens": text.fingerprint,
+        "fitted_to": None if fit is None else fit.fingerprint,
+        "standing": [meanwhile.replacement, dict(meanwhile.options)],
+        "positions": positions,
+        "batch_size": data.batch_size,
+        "seed": seed,
+        "dtype": str(model.dtype),
+        "attention": str(model.config._attn_implementation),
+    }
+    standing = {} if fit is None else fitted_standing(model, kinds, meanwhile, fit)
+    return VariantLosses(model, list(text), standing, settings, path, positions, seed, seconds, watch)
 
 
 def standing_of(removal: Removal, standing: str | None) -> Removal:
