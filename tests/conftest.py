@@ -9,6 +9,7 @@ from pathlib import Path
 _cache = tempfile.TemporaryDirectory(prefix="depthprune-tests-")  # goes with the process
 os.environ["HF_HUB_OFFLINE"] = "1"  # both before anything imports huggingface_hub and datasets
 os.environ["HF_DATASETS_CACHE"] = _cache.name
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of processes that tests start
 
 import pytest
 import torch

@@ -50,7 +50,7 @@ LAYERS = [
     {"kept_layers"},
     {"surgery", "head", "data.packing", "data.origins", "data.opening", "devices"},
     {"evaluation.allocations"},
-    {"evaluation.benchmark", "search.flops"},
+    {"evaluation.benchmark", "flops"},
     {"search.latency"},
     {
         "removal",

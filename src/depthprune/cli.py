@@ -57,6 +57,8 @@ LISTS = {"compare": "--tables", "recommend": "--results", "report": "--results"}
 AT_ONCE = ("prune", "recommend", "report", "export", "benchmark", "compare", "list")
 """Commands that write what they make once it is whole."""
 
+DRY_RUN = "--dry-run"
+
 SINGLES = {"benchmark": "--model"}
 """The same for commands of one file."""
 
@@ -89,6 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from jsonargparse import ArgumentError
 
     try:
+        rest, is_dry, rate = _without_dry_run(rest)
+        if command in LIGHTNING and is_dry:
+            from depthprune.prediction.dry_run import predict
+
+            return predict(command, import_module("depthprune.recovery.cli").parsed([command, *rest]), rate)
         if command in LIGHTNING:
             import_module("depthprune.recovery.cli").run(arguments)
         elif command in COMMANDS:
@@ -97,8 +104,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from depthprune.nulls import refusing_nulls
 
             room, function = COMMANDS[command][0].split(":")
+            chosen = refusing_nulls(getattr(import_module(room), function))
+            if is_dry:
+                from depthprune.prediction.dry_run import predicting
+
+                chosen = predicting(command, chosen, rate)
             code = auto_cli(
-                refusing_nulls(getattr(import_module(room), function)),
+                chosen,
                 args=rest,
                 prog=f"depthprune {command}",
                 as_positional=False,
@@ -134,6 +146,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _unexpected(error)
     return 0
+
+
+def _without_dry_run(arguments: Sequence[str]) -> tuple[list[str], bool, float | None]:
+    """The command line without the flag, whether it was there, and the rate that it named.
+
+    Raises:
+        ValueError: what follows it is no rate.
+    """
+    rest, is_there, rate = list(arguments), False, None
+    for place, part in enumerate(rest):
+        name, _, value = part.partition("=")
+        if name.replace("_", "-") != DRY_RUN:
+            continue
+        del rest[place]
+        if not value and place < len(rest) and not rest[place].startswith("-"):
+            value = rest.pop(place)
+        if value.lower() == "false":
+            return rest, False, None
+        is_there = True
+        if value and value.lower() != "true":
+            try:
+                rate = float(value)
+            except ValueError:
+                rate = 0.0
+            if not 0 < rate < float("inf"):
+                raise ValueError(
+                    f"{DRY_RUN} {value!r}: leave it without a value, or give operations a second of one "
+                    "device, such as 1.5e14."
+                )
+        break
+    return rest, is_there, rate
 
 
 def _with_flag(flag: str, arguments: Sequence[str]) -> list[str]:
@@ -205,6 +248,8 @@ def _help() -> str:
             "A command's options, and its whole configuration as YAML:",
             "               depthprune COMMAND --help",
             "               depthprune COMMAND --print_config",
+            "What it will take, without doing any of it:",
+            "               depthprune COMMAND --config FILE --dry-run",
             "DEPTHPRUNE_DEBUG=1 shows the traceback behind an error.",
         ]
     )

@@ -264,7 +264,7 @@ def _load_pruned(
             f"{FOLDER_VERSION}: open it with the version that wrote it."
         )
     try:
-        model = _pruned_structure(content, dtype, attn_implementation)
+        model = pruned_structure(content, dtype, attn_implementation)
         check_record(model, f"{folder}/config.json")
         state = _read_weights(folder)
         if whole := sorted(key for key, tensor in state.items() if not tensor.is_floating_point()):
@@ -311,7 +311,7 @@ def _base_config(content: dict[str, Any]) -> PreTrainedConfig:
     return AutoConfig.for_model(base_config.pop("model_type"), **base_config)
 
 
-def _pruned_structure(
+def pruned_structure(
     content: dict[str, Any], dtype: torch.dtype | str, attn_implementation: str | None
 ) -> PreTrainedModel:
     """The model that a pruned folder's config describes, its weights still on the meta device."""

@@ -8,11 +8,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from depthprune.anatomy import Anatomy
 from depthprune.evaluation.benchmark import Load
+from depthprune.flops import module_flops
 from depthprune.pruning import prune
 from depthprune.replacements.maps import Linear
 from depthprune.replacements.registry import build_replacement
 from depthprune.search.costs import Costs, measure_costs
-from depthprune.search.flops import module_flops
 from depthprune.sites import PruningPlan, Site
 from tests.tiny_models import BLOCKS, FAMILIES, MIXTURES, WIDTH, tiny_model
 

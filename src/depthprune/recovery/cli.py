@@ -120,6 +120,27 @@ def _unusable(error: Exception) -> ValueError:
     return ValueError(f"Lightning cannot do with these settings ({reason}): see depthprune fit --help.")
 
 
+class ParsedCLI(RecoveryCLI):
+    """The command line alone: nothing is made of it, and nothing is run."""
+
+    def instantiate_classes(self) -> None:
+        """Make nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def parsed(arguments: Sequence[str]) -> dict[str, Any]:
+    """The settings of one of LightningCLI's subcommands.
+
+    Args:
+        arguments: the command line, the subcommand first.
+    """
+    cli = _open(ParsedCLI, arguments)
+    settings: dict[str, Any] = cli.config[arguments[0]].as_dict()
+    return settings
+
+
 def run(arguments: Sequence[str]) -> None:
     """Run one of LightningCLI's subcommands.
 
@@ -132,7 +153,11 @@ def run(arguments: Sequence[str]) -> None:
         "Checkpoint directory .* exists and is not empty",  # the run before, or our lock
     ):
         warnings.filterwarnings("ignore", message=message)
-    RecoveryCLI(
+    _open(RecoveryCLI, arguments)
+
+
+def _open(cli: type[RecoveryCLI], arguments: Sequence[str]) -> RecoveryCLI:
+    return cli(
         RecoveryModule,
         TextDataModule,
         args=list(arguments),

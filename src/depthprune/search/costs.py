@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from depthprune.anatomy import Anatomy
 from depthprune.evaluation.benchmark import Load, read_and_write
+from depthprune.flops import module_flops
 from depthprune.head import input_device
 from depthprune.replacements.base import Replacement
 from depthprune.search.budget import RESOURCES
-from depthprune.search.flops import module_flops
 from depthprune.search.latency import site_seconds, standing_seconds
 from depthprune.sites import Site
 

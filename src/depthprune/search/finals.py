@@ -14,14 +14,15 @@ from typing import Any
 
 from depthprune.data.module import TextDataModule
 from depthprune.evaluation.domains import domain_losses
-from depthprune.recovery.ladder import Rung, climbed
+from depthprune.recovery.ladder import Rung, climbed, with_calibration
 from depthprune.replacements.registry import is_fitted
 from depthprune.search.problem import Problem
 from depthprune.search.space import NOTHING
-from depthprune.sites import PruningPlan, Removal
+from depthprune.sites import KINDS, PruningPlan, Removal
 from depthprune.variants import Absent
 
-FINALISTS = 6
+FINALISTS = 3  # the best plans, whatever they remove
+FURTHER = 1.5  # plans of one kind alone come too, unless they cost so much more than the best plan
 TEXT = "search"
 
 
@@ -58,18 +59,21 @@ def need_finals(rung: Rung, meanwhile: Removal) -> bool:
 
 
 def finalists(problem: Problem, count: int = FINALISTS) -> list[Absent]:
-    """The best plans that were measured on all batches, among them the best one of every choice of kinds.
+    """The best plans that were measured on all batches, and the best one of each kind alone if it is not far behind.
 
     Args:
         problem: the search, done.
-        count: how many.
+        count: how many of the best.
     """
-    plans = sorted(problem.measured, key=lambda plan: (problem.measured[plan], sorted(plan)))
-    firsts: dict[frozenset[str], Absent] = {}
-    for plan in plans:
-        firsts.setdefault(frozenset(site.kind for site in plan), plan)
-    chosen = [*firsts.values()][:count]
-    return [*chosen, *(plan for plan in plans if plan not in chosen)][:count]
+    losses = problem.measured
+    unpruned = problem.losses([NOTHING], "The unpruned model")[NOTHING]
+    plans = sorted(losses, key=lambda plan: (losses[plan], sorted(plan)))
+    most = losses[plans[0]] + (FURTHER - 1) * abs(losses[plans[0]] - unpruned)
+    chosen = plans[:count]
+    for kind in KINDS:
+        alone = [plan for plan in plans if all(site.kind == kind for site in plan)]
+        chosen += [plan for plan in alone[:1] if losses[plan] <= most and plan not in chosen]
+    return chosen
 
 
 def hold_finals(problem: Problem, rung: Rung, data: TextDataModule, count: int = FINALISTS) -> list[Final]:
@@ -80,8 +84,8 @@ def hold_finals(problem: Problem, rung: Rung, data: TextDataModule, count: int =
     Args:
         problem: the search, done.
         rung: the recovery; a training is left out.
-        data: its calibration and tune text are fitted to, its score text is measured on.
-        count: of how many plans.
+        data: half of its calibration text, and of its tune text, is fitted to; its score text is measured on.
+        count: of how many of the best plans.
 
     Returns:
         The plans, the best recovered one first.
@@ -89,8 +93,11 @@ def hold_finals(problem: Problem, rung: Rung, data: TextDataModule, count: int =
     Raises:
         OutOfTime: there was none left to recover all of them.
     """
-    rung, losses = replace(rung, training=None, tune={}), problem.losses
-    known = losses.recovered.setdefault(f"{rung!r} of {data.calibration_dataloader().fingerprint}", {})
+    half = max(1, (rung.calibration_sequences or data.calibration_sequences) // 2)
+    rung, losses = replace(rung, training=None, tune={}, calibration_sequences=half), problem.losses
+    known = losses.recovered.setdefault(
+        f"{rung!r} of {with_calibration(data, half).calibration_dataloader().fingerprint}", {}
+    )
     plans = finalists(problem, count)
     if NOTHING not in known:
         known[NOTHING] = domain_losses(losses.model, {TEXT: data.score_dataloader()})[TEXT].loss

@@ -1,0 +1,215 @@
+"""What each command does to a model, from its settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from depthprune.anatomy import Anatomy
+from depthprune.influence.ablation import ABLATION_METRICS, Sampling
+from depthprune.influence.attention import ATTENTION_METRICS
+from depthprune.influence.cca_bound import site_groups
+from depthprune.influence.gradient import GRADIENT_METRICS
+from depthprune.influence.static import STATIC_METRICS
+from depthprune.prediction.compared import ablate, curve, evaluate, frontier, search, study, tradeoff
+from depthprune.prediction.parts import (
+    NO_PLAN,
+    fitted_parts,
+    hold_model,
+    open_plan,
+    read,
+    trained,
+    write,
+)
+from depthprune.prediction.shape import Shape
+from depthprune.prediction.work import Work
+from depthprune.recovery.fitting import Fitting
+from depthprune.recovery.ladder import Rung
+from depthprune.recovery.objectives import Objective
+from depthprune.sites import PruningPlan
+
+Settings = Mapping[str, Any]
+"""A command's settings by name."""
+
+
+def influence(work: Work, shape: Shape, settings: Settings) -> None:
+    """Passes of the text for each group of metrics; variants of adaptive ones share what they have in common."""
+    length, batch_size = settings["sequence_length"], settings["batch_size"]
+    task = settings["task"]
+    sequences = settings["sequences"] if task is None or task.limit is None else task.limit
+    tokens, trunk, head = sequences * length, shape.trunk(length), shape.head()
+    metrics, kinds = settings["metrics"], settings["kinds"]
+    sites = Anatomy.of(shape.model).sites(tuple(kinds))
+    offload = settings["offload"]
+    if any(metric in STATIC_METRICS or metric == "angular" for metric in metrics):
+        read(work, shape, "static metrics", sequences, length, head=False)
+    if any(metric in GRADIENT_METRICS for metric in metrics):
+        work.add("gradient metrics", tokens, 2 * tokens * (trunk + head))
+    if any(metric in ATTENTION_METRICS for metric in metrics):
+        read(work, shape, "attention metrics", sequences, length, head=False)
+    if "cca_bound" in metrics:
+        groups = len(site_groups(sites, shape.hidden_size))
+        sums = 6 * len(sites) * shape.hidden_size**2
+        work.add("CCA bound", tokens, tokens * (groups * trunk + sums))
+    if adaptive := [metric for metric in metrics if metric in ABLATION_METRICS]:
+        sampling: Sampling = settings["sampling"]
+        designs = {ABLATION_METRICS[metric][0] for metric in adaptive}
+        flops = tokens * trunk
+        for design in designs:
+            count, share = _variants(design, sampling, len(sites) // len(kinds))
+            flops += tokens * len(kinds) * count * (share * trunk + head * sampling.positions)
+        work.add("adaptive metrics", tokens, flops * (1 + settings["rounds"]))
+        work.hold({"the stream before every block": shape.blocks * batch_size * length * _stream(shape)})
+    hold_model(work, shape, batch_size, length, share=_share(shape, settings))
+    if offload:
+        work.hold({"weights": _offloaded(shape), "streams of all batches": tokens * _stream(shape)})
+        work.disk = 2 * tokens * _stream(shape)
+    if task is not None:
+        work.left_out.append("Questions are counted as long as sequence_length lets them be; they are shorter.")
+
+
+def _variants(design: str, sampling: Sampling, sites: int) -> tuple[float, float]:
+    """How many variants of a batch run for the sites of one kind, and which share of the trunk each takes.
+
+    They share what they have in common: on average half the depth where one site is absent.
+    """
+    if design == "leave_one_out":
+        return sites, 0.5
+    if design == "subnetwork":
+        return sampling.samples * math.ceil(1 / (1 - sampling.present)), sampling.present
+    return 2.0 * sampling.samples * sites, 0.3
+
+
+def _stream(shape: Shape) -> int:
+    """Bytes of the stream for a token."""
+    return shape.hidden_size * shape.dtype.itemsize
+
+
+def _share(shape: Shape, settings: Settings) -> float:
+    """The share of the weights that one of the processes holds."""
+    return 1 / settings["devices"] if settings.get("strategy") == "model_parallel" else 1.0
+
+
+def _offloaded(shape: Shape) -> float:
+    """The block that runs, the one that is read meanwhile, and what stands outside blocks."""
+    inside = shape.blocks * shape.block_bytes
+    return 2 * shape.block_bytes + max(0.0, shape.weight_bytes - inside)
+
+
+def prune(work: Work, shape: Shape, settings: Settings) -> None:
+    """What stands in the sites is fitted, and what is left is written."""
+    plan = _plan_of_prune(work, settings)
+    length, sequences = settings["sequence_length"], settings["sequences"]
+    names = {removal.replacement for removal in plan.removals} if plan is not None else {settings["replacement"]}
+    options: Mapping[str, Any] = settings["options"] or {}
+    hold_model(work, shape, settings["batch_size"], length)
+    if settings["plan_only"]:
+        return
+    for name in sorted(filter(None, names)) if settings["checkpoint"] is None else ():
+        if plan is not None:
+            options = next(removal.options for removal in plan.removals if removal.replacement == name)
+        fitted_parts(work, shape, plan, Rung(name, options, fitting=settings["fitting"]), sequences, length, tune=0.0)
+    if settings["offload"]:
+        work.hold({"weights": _offloaded(shape), "streams of all batches": sequences * length * _stream(shape)})
+    gone = 0
+    if plan is not None:
+        modules = [module for site in plan.sites for module in Anatomy.of(shape.model).chain(site)]
+        gone = sum(weight.numel() for module in modules for weight in module.parameters())
+    work.disk = (shape.parameters - gone) * shape.dtype.itemsize
+
+
+def _plan_of_prune(work: Work, settings: Settings) -> PruningPlan | None:
+    name, options = settings["replacement"] or "none", settings["options"] or {}
+    if settings["sites"]:
+        return PruningPlan.of(*settings["sites"], replacement=name, **options)
+    plan = open_plan(settings["plan"])
+    if plan is None and open_plan(settings["influence"]) is None:
+        work.left_out.append(NO_PLAN)
+    return plan
+
+
+def fit(work: Work, shape: Shape, settings: Settings) -> None:
+    """Closed form, training and validations."""
+    module, data, trainer = settings["model"], settings["data"], settings["trainer"]
+    plan = open_plan(module["plan"])
+    if plan is None:
+        work.left_out.append(NO_PLAN)
+    name = module["replacement"] or (plan.removals[0].replacement if plan is not None else "low_rank_adapter")
+    rung = Rung(name, module["options"] or {}, fitting=module["fitting"] and Fitting(**module["fitting"]))
+    length, batch_size = data["sequence_length"], data["batch_size"]
+    epoch = data["sequences"] / (batch_size * work.devices)
+    batches = _batches(trainer, epoch)
+    sequences = batches * batch_size * work.devices
+    hold_model(work, shape, batch_size, length, share=1 / work.devices if _is_sharded(trainer) else 1.0)
+    fitted_parts(work, shape, plan, rung, data["calibration_sequences"], length)
+    objective = Objective.of(module["objective"], positions=module["positions"])
+    checkpointing = module["gradient_checkpointing"]
+    trained(work, shape, plan, rung, sequences, length, batch_size, objective, checkpointing)
+    texts = 2 + len(data["domains"] or {})
+    every = trainer["val_check_interval"] or epoch
+    validations = batches / (every if every > 1 or isinstance(every, int) else every * epoch)
+    read(work, shape, "validations", validations * texts * data["evaluation_sequences"], length)
+
+
+def _batches(trainer: Settings, epoch: float) -> float:
+    """How many batches each process trains on."""
+    limits = []
+    if (trainer["max_steps"] or -1) > 0:
+        limits.append(trainer["max_steps"] * (trainer["accumulate_grad_batches"] or 1))
+    if (trainer["max_epochs"] or -1) > 0:
+        limits.append(trainer["max_epochs"] * epoch)
+    return min(limits, default=epoch)
+
+
+def _is_sharded(trainer: Settings) -> bool:
+    return "ModelParallel" in str(trainer["strategy"]) or "fsdp" in str(trainer["strategy"]).lower()
+
+
+def export(work: Work, shape: Shape, settings: Settings) -> None:
+    """The model is written, opened again, and both are run."""
+    sequences, length = settings["sequences"], settings["sequence_length"]
+    read(work, shape, "the model in memory and the written one", 2 * sequences, length)
+    write(work, shape, "text of both", 2 * sequences, length, 16, sequences)
+    hold_model(work, shape, sequences, length)
+    work.hold({"the model that is compared": shape.weight_bytes})
+    work.disk = shape.weight_bytes
+
+
+def benchmark(work: Work, shape: Shape, settings: Settings) -> None:
+    """Every load on both models, as often as is asked, once more, and once for the memory."""
+    turns = 2 * (settings["repeats"] + 2)
+    for batch_size in settings["batch_sizes"]:
+        for prompt in settings["prompt_tokens"]:
+            read(work, shape, f"prompts of {batch_size} times {prompt} tokens", turns * batch_size, prompt, head=False)
+            write(
+                work, shape, f"text behind {batch_size} times {prompt} tokens", turns * batch_size, 0,
+                settings["new_tokens"], batch_size,
+            )  # fmt: skip
+            hold_model(work, shape, batch_size, prompt)
+    work.hold({"the model beside it": shape.weight_bytes})
+
+
+def generate(work: Work, shape: Shape, settings: Settings) -> None:
+    """Prompts are read and gone on with."""
+    prompt, new = settings["prompt_tokens"], settings["new_tokens"]
+    write(work, shape, "text", settings["prompts"], prompt, new, settings["batch_size"])
+    hold_model(work, shape, settings["batch_size"], prompt + new)
+
+
+COUNTED: dict[str, Callable[[Work, Shape, Settings], None]] = {
+    "study": study,
+    "influence": influence,
+    "prune": prune,
+    "search": search,
+    "frontier": frontier,
+    "evaluate": evaluate,
+    "curve": curve,
+    "tradeoff": tradeoff,
+    "ablate": ablate,
+    "export": export,
+    "benchmark": benchmark,
+    "generate": generate,
+    "fit": fit,
+}
+"""What is counted, by command."""

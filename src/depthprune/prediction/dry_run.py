@@ -1,0 +1,161 @@
+"""``depthprune COMMAND ... --dry-run``: what the command will take, without doing any of it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from depthprune.prediction.commands import COUNTED
+from depthprune.prediction.rate import Rate, measured_rate
+from depthprune.prediction.shape import Shape, open_shape
+from depthprune.prediction.work import Work
+
+FLAG = "--dry-run"
+MAKES_LATER = ("export", "benchmark")  # commands whose model another command makes
+GIB = 2**30
+
+
+def predicting(name: str, command: Callable[..., int | None], rate: float | None) -> Callable[..., int | None]:
+    """A command that is predicted instead of run, with the same settings.
+
+    Args:
+        name: its name.
+        command: the command.
+        rate: see :func:`predict`.
+    """
+    defaults = {
+        parameter.name: parameter.default
+        for parameter in inspect.signature(command).parameters.values()
+        if parameter.default is not inspect.Parameter.empty
+    }
+
+    @functools.wraps(command)
+    def predicted(**settings: Any) -> int | None:
+        return predict(name, defaults | settings, rate)
+
+    return predicted
+
+
+def predict(command: str, settings: Mapping[str, Any], rate: float | None = None) -> int:
+    """Count what a command does, and print how long it takes and what it needs.
+
+    Args:
+        command: its name.
+        settings: its settings.
+        rate: operations that one device does in a second; measured if not given.
+
+    Raises:
+        ValueError: the command runs no model, or the model's shape is not known.
+    """
+    if command not in COUNTED:
+        raise ValueError(
+            f"`depthprune {command}` runs no model, so that there is nothing to predict: leave {FLAG} out."
+        )
+    model = settings["model"]
+    place = model if command == "fit" else settings
+    name = place["base"] if command == "fit" else model
+    try:
+        shape = open_shape(name, place.get("revision"), place.get("dtype", "auto"))
+    except ValueError as error:
+        if command not in MAKES_LATER or "Unknown model" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} is not there yet, so its shape is not known: name the model that it will be made from, such as "
+            "--model smollm2-135m-instruct-q4, which takes at least as much."
+        ) from error
+    accelerator, devices = _devices(settings["trainer"] if command == "fit" else settings)
+    work = Work(devices=devices)
+    COUNTED[command](work, shape, settings)
+    data = settings["data"] if command == "fit" else settings
+    speed = _speed(shape, data, accelerator, rate)
+    _show(command, shape, work, speed, accelerator, settings)
+    return 0
+
+
+def _devices(settings: Mapping[str, Any]) -> tuple[str, int]:
+    """The kind of device, and how many there are."""
+    asked, count = str(settings.get("accelerator", "auto")), settings.get("devices", 1)
+    has_gpu = torch.accelerator.is_available()
+    accelerator = asked if asked != "auto" else ("gpu" if has_gpu else "cpu")
+    if isinstance(count, list):
+        count = len(count)
+    elif isinstance(count, str) and "," in count:
+        count = len([part for part in count.split(",") if part.strip()])
+    elif not str(count).isdigit():  # auto and -1: all there are
+        count = torch.accelerator.device_count() if accelerator != "cpu" and has_gpu else 1
+    return accelerator, max(1, int(count)) * int(settings.get("num_nodes") or 1)
+
+
+def _speed(shape: Shape, data: Mapping[str, Any], accelerator: str, rate: float | None) -> Rate:
+    if rate is not None:
+        return Rate(rate, 0.0, "as it was given")
+    has_gpu = torch.accelerator.is_available() and accelerator != "cpu"
+    device = torch.accelerator.current_accelerator() if has_gpu else torch.device("cpu")
+    assert device is not None
+    return measured_rate(shape, int(data.get("batch_size", 1)), int(data.get("sequence_length", 128)), device)
+
+
+def _show(command: str, shape: Shape, work: Work, rate: Rate, accelerator: str, settings: Mapping[str, Any]) -> None:
+    console = Console()
+    numbers = f"{shape.parameters / 1e9:.2f}B" if shape.parameters > 1e9 else f"{shape.parameters / 1e6:.1f}M"
+    of_dtype = f"{numbers} parameters, {str(shape.dtype).removeprefix('torch.')}"
+    print(f"What depthprune {command} will take of {shape.name} ({of_dtype}); nothing is done now.")
+    table = Table()
+    for column, justify in (("work", "left"), ("tokens", "right"), ("operations", "right"), ("time", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for stage in work.stages:
+        table.add_row(
+            stage.name, f"{stage.tokens:,.0f}", f"{stage.flops:.2e}", time_text(stage.seconds(rate, work.devices))
+        )
+    total = sum(stage.seconds(rate, work.devices) for stage in work.stages)
+    flops = sum(stage.flops for stage in work.stages)
+    table.add_section()
+    table.add_row("all", f"{sum(stage.tokens for stage in work.stages):,.0f}", f"{flops:.2e}", time_text(total))
+    console.print(table)
+    memory = Table()
+    memory.add_column("at a time, on one device")
+    memory.add_column("GiB", justify="right")
+    if accelerator == "cpu":
+        work.hold({"this program and its libraries": float(psutil.Process().memory_info().rss)})
+    for name, size in work.memory.items():
+        memory.add_row(name, f"{size / GIB:.2f}")
+    memory.add_section()
+    needed = sum(work.memory.values())
+    memory.add_row("all", f"{needed / GIB:.2f}")
+    console.print(memory)
+    on = f"{work.devices} devices, each" if work.devices > 1 else "one device"
+    print(f"Counted on {on} with {rate.flops:.2e} operations a second ({rate.where}).")
+    if accelerator != "cpu" and not torch.accelerator.is_available():
+        given = "" if rate.where == "as it was given" else f": say how fast yours is, such as {FLAG} 1.5e14"
+        print(f"The settings ask for the accelerator {accelerator}, and there is none here{given}.")
+    elif accelerator == "cpu" and needed > (there := psutil.virtual_memory().total):
+        print(f"That is more than the {there / GIB:.1f} GiB of memory of this machine.")
+    _show_disk(work, settings)
+    for sentence in dict.fromkeys(work.left_out):
+        print(sentence)
+    print("Loading, opening texts and writing are not counted.")
+
+
+def _show_disk(work: Work, settings: Mapping[str, Any]) -> None:
+    if not work.disk:
+        return
+    output = Path(str(settings.get("output") or ".")).expanduser().absolute()
+    free = shutil.disk_usage(next(folder for folder in (output, *output.parents) if folder.exists())).free
+    print(f"About {work.disk / GIB:.2f} GiB are written; {free / GIB:.1f} GiB are free where the output goes.")
+
+
+def time_text(seconds: float) -> str:
+    """Seconds as people say them."""
+    for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} s" if seconds >= 0.05 else "under 0.1 s"
