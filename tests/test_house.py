@@ -110,9 +110,10 @@ LAYERS = [
         "recovery.shared_prefix",
         "plotting",
     },
-    {"offload", "export.custom_code", "export.nemotron_nas", "export.gguf_file"},
-    {"export.formats"},
+    {"prediction.shape", "offload", "export.custom_code", "export.nemotron_nas", "export.gguf_file"},
+    {"export.formats", "prediction.rate"},
     {
+        "prediction.work",
         "influence.choice_costs",
         "influence.angular",
         "influence.figures",
@@ -151,8 +152,10 @@ LAYERS = [
     {"evaluation.results", "callbacks.overfitting", "callbacks.agreement", "callbacks.updates", "callbacks.run_card"},
     {"recovery.training"},
     {"recovery.ladder"},
-    {"recovery.ablations", "search.finals"},
-    {"search.frontier"},
+    {"recovery.ablations", "search.finals", "prediction.parts"},
+    {"search.frontier", "prediction.compared"},
+    {"prediction.commands"},
+    {"prediction.dry_run"},
     {"recovery.ablation_file"},
     {"report.results", "report.markdown"},
     {"report.html", "export.card"},
@@ -232,7 +235,13 @@ def test_rooms_import_only_rooms_below_them(room):
 
 def test_imports_are_seen():
     assert {"commands.influence", "recovery.ladder", "study_file"} <= imported(ROOMS["study"])
-    assert imported(ROOMS["cli"]) == {"memory", "names", "nulls"}  # everything else only when its command is chosen
+    # everything else only when its command is chosen
+    assert imported(ROOMS["cli"]) == {
+        "memory",
+        "names",
+        "nulls",
+        "prediction.dry_run",
+    }
     assert "influence.figures" in imported(ROOMS["influence.table"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -12,6 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_map
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from depthprune.anatomy import Anatomy
@@ -83,7 +85,16 @@ class Shape:
     def saved_bytes(self, batch_size: int, length: int) -> float:
         """What the backward pass of the first block needs of its forward pass, its frozen weights apart."""
         block, args, kwargs = first_block(self.model, batch_size, length)
-        weights = {weight.untyped_storage()._cdata for weight in self.model.parameters()}
+        has_experts = any("experts" in name for name, _ in block.named_modules())
+        dtype = torch.bfloat16 if has_experts else self.dtype  # the meta device knows products of experts in one dtype
+        block = copy.deepcopy(block).to(dtype).requires_grad_(False)
+
+        def cast(part: Any) -> Any:
+            is_stream = isinstance(part, Tensor) and part.is_floating_point()
+            return part.to(dtype) if is_stream else part
+
+        (stream, *others), kwargs = tree_map(cast, args), tree_map(cast, kwargs)
+        weights = {weight.untyped_storage()._cdata for weight in block.parameters()}
         kept: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -92,12 +103,10 @@ class Shape:
                 kept[storage._cdata] = storage.nbytes()
             return tensor
 
-        parts = [part.requires_grad_() if place == 0 else part for place, part in enumerate(args)]
-        self.model.requires_grad_(False)
         with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor), NoValues():
-            held = block(*parts, **kwargs)  # which keeps what is saved, so that no storage is counted for another
-        del held
-        return sum(kept.values()) * self.dtype.itemsize / torch.bfloat16.itemsize
+            held = block(stream.requires_grad_(), *others, **kwargs)
+        del held  # which kept what was saved, so that no storage was taken for another
+        return sum(kept.values()) * self.dtype.itemsize / dtype.itemsize
 
 
 def open_shape(name: str, revision: str | None = None, dtype: str = "auto") -> Shape:
@@ -117,11 +126,11 @@ def open_shape(name: str, revision: str | None = None, dtype: str = "auto") -> S
         try:
             config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
             check_supported(config)
+            saved = config.dtype
             with init_empty_weights(include_buffers=True):
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        except (OSError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except Exception as error:  # whatever a damaged config makes of transformers
             raise ValueError(f"Cannot tell the shape of {name}: {first_line(error)}") from error
-        saved = config.dtype
     if isinstance(chosen, str):
         chosen = saved if isinstance(saved, torch.dtype) else getattr(torch, str(saved or "float32"))
     assert isinstance(chosen, torch.dtype)

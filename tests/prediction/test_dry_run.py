@@ -1,0 +1,80 @@
+"""``--dry-run``: nothing is done, and what is said is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from depthprune.prediction.dry_run import time_text
+from tests.command_line import LENGTH, Workshop, fit_settings, refusal, run, write_config
+from tests.tiny_models import FAMILIES, tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def influence(workshop: Workshop, output: Path) -> list[object]:
+    text = ("--text.path", workshop.text, "--sequence_length", LENGTH, "--sequences", 4)
+    return ["influence", "--model", workshop.model, "--output", output, *text]
+
+
+def test_nothing_is_done(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*influence(workshop, tmp_path / "out"), "--dry-run") == 0
+    assert not (tmp_path / "out").exists()
+    said = capsys.readouterr().out
+    assert "nothing is done now" in said
+    assert "static metrics" in said
+    assert "one block on this machine's cpu" in said
+    assert "this program and its libraries" in said
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_from_its_config_alone(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model(family).config.save_pretrained(tmp_path)
+    more = ("--output", tmp_path / "out", "--text.path", "nowhere.jsonl", "--sequence_length", 16)
+    assert run("influence", "--model", tmp_path, *more, "--dry-run") == 0
+    assert "operations a second" in capsys.readouterr().out
+
+
+def test_a_rate_and_devices(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("--devices", 8, "--accelerator", "gpu")
+    assert run(*influence(workshop, tmp_path / "out"), *more, "--dry-run=1e9") == 0
+    said = capsys.readouterr().out
+    assert "8 devices, each with 1.00e+09 operations a second (as it was given)" in said
+    assert "ask for the accelerator gpu, and there is none here." in said
+    assert run(*influence(workshop, tmp_path / "out"), *more, "--dry_run") == 0
+    assert "say how fast yours is, such as --dry-run 1.5e14" in capsys.readouterr().out
+
+
+def test_fit_makes_no_trainer(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = fit_settings(workshop, tmp_path / "out")
+    settings["trainer"] |= {"accelerator": "gpu", "devices": 4, "strategy": "model_parallel", "num_nodes": 2}
+    settings["model"]["plan"] = str(tmp_path / "later.json")
+    path = write_config(tmp_path / "fit.yaml", settings)
+    assert run("fit", "--config", path, "--dry-run", "1e12") == 0
+    said = capsys.readouterr().out
+    assert "8 devices, each" in said
+    assert "The plan is not there yet" in said
+    assert "what is trained, with AdamW" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_false_is_no_dry_run(workshop: Workshop, tmp_path: Path) -> None:
+    assert run(*influence(workshop, tmp_path / "out"), "--dry-run=false") == 0
+    assert (tmp_path / "out" / "influence.json").exists()
+
+
+def test_refusals(workshop: Workshop, tmp_path: Path) -> None:
+    command = influence(workshop, tmp_path / "out")
+    assert "give operations a second" in refusal(*command, "--dry-run", "fast")
+    assert "give operations a second" in refusal(*command, "--dry-run=-1")
+    assert "runs no model" in refusal("list", "--dry-run")
+    assert "is not there yet, so its shape is not known" in refusal(
+        "export", "--model", "a/b/c", "--output", tmp_path / "x", "--dry-run"
+    )
+
+
+def test_times() -> None:
+    assert [time_text(seconds) for seconds in (0.01, 3, 100, 600, 7200, 200_000)] == [
+        "under 0.1 s", "3.0 s", "1.7 min", "10.0 min", "2.0 h", "2.3 days",
+    ]  # fmt: skip
