@@ -115,6 +115,19 @@ def test_a_folder_in_another_dtype_is_measured_in_the_same(workshop: Workshop, t
     assert found["half"]["cost"]["speed"]["cache_bytes"] == found["unpruned"]["cost"]["speed"]["cache_bytes"]
 
 
+def test_a_device_map(workshop: Workshop, tasks: Path, tmp_path: Path) -> None:
+    assert run("prune", "--model", workshop.model, "--sites", "[mlp.2]", "--output", tmp_path / "pruned") == 0
+    variants = {"folder": tmp_path / "pruned", "plan": workshop.plan}
+    for name, flags in {"without": (), "with": ("--device_map", "auto")}.items():
+        assert run(*command(workshop, tasks, tmp_path / name, variants, *flags)) == 0
+    found, wanted = (results(tmp_path / name)["variants"] for name in ("with", "without"))
+    for name in ("unpruned", *variants):
+        assert found[name]["domains"] == wanted[name]["domains"]
+        assert found[name]["tasks"] == wanted[name]["tasks"]
+    refused = refusal(*command(workshop, tasks, tmp_path / "two", variants, "--device_map", "auto", "--devices", 2))
+    assert "device_map spreads one model over the devices" in refused
+
+
 def test_killed_and_resumed(workshop: Workshop, tasks: Path, tmp_path: Path) -> None:
     PruningPlan.of("block.2").save(tmp_path / "plan.json")
     variants = {"pruned": tmp_path / "plan.json"}

@@ -60,6 +60,7 @@ def evaluate(
     seed: int = 0,
     dtype: str = "auto",
     revision: str | None = None,
+    device_map: str | None = None,
     attn_implementation: str | None = None,
     accelerator: str = "auto",
     devices: int = 1,
@@ -90,6 +91,8 @@ def evaluate(
         seed: of the order of the text.
         dtype: auto (as the unpruned model was saved), bfloat16, float16 or float32; of all models.
         revision: branch, tag or commit of the model on the hub.
+        device_map: as in transformers, such as auto for a model that one device cannot hold; leave it out with several
+            processes.
         attn_implementation: as in transformers, such as eager.
         accelerator: as in Lightning: auto, cpu, cuda.
         devices: processes, each with a whole model, which share the questions and the text.
@@ -98,7 +101,9 @@ def evaluate(
     Returns:
         1 if a variant fails a gate, otherwise 0: the exit code.
     """
-    config = as_data({name: value for name, value in locals().items() if name not in ("gates", "devices")})
+    config = as_data({name: value for name, value in locals().items() if name not in ("gates", "devices", "device_map")})
+    if device_map is not None and devices != 1:
+        raise ValueError("device_map spreads one model over the devices: leave devices out, or device_map.")
     sources = {name: Source.of(path) for name, path in (variants or {}).items()}
     if UNPRUNED in sources:
         raise ValueError(f"A variant cannot be named {UNPRUNED}, which is the model itself: choose another name.")
@@ -126,11 +131,13 @@ def evaluate(
     with only_writer(run.folder) if run.is_first else nullcontext():
         content = open_results(run.folder, config)
         loaders = data.test_dataloader()
-        unpruned = load(model, revision=revision, dtype=dtype, attn_implementation=attn_implementation)
+        placed = {"attn_implementation": attn_implementation, "device_map": device_map}
+        unpruned = load(model, revision=revision, dtype=dtype, **placed)
         for named in sources.values():
             named.check(*unpruned)
-        same = {"dtype": str(unpruned[0].dtype).removeprefix("torch."), "attn_implementation": attn_implementation}
-        torch.nn.Module.to(unpruned[0], fabric.device)
+        same = {"dtype": str(unpruned[0].dtype).removeprefix("torch."), **placed}
+        if device_map is None:
+            torch.nn.Module.to(unpruned[0], fabric.device)
         stands_on = {
             "weights": unpruned_fingerprint(unpruned[0]).weights,
             "text": {name: batches.fingerprint for name, batches in loaders.items()}

@@ -104,4 +104,6 @@ def opened(
             yield model, tokenizer
     else:
         own, its_tokenizer = load(source.path, **settings)
-        yield own.to(model.device), its_tokenizer  # type: ignore[arg-type]
+        if settings.get("device_map") is None:
+            own.to(model.device)  # type: ignore[arg-type]
+        yield own, its_tokenizer
