@@ -101,7 +101,9 @@ def evaluate(
     Returns:
         1 if a variant fails a gate, otherwise 0: the exit code.
     """
-    config = as_data({name: value for name, value in locals().items() if name not in ("gates", "devices", "device_map")})
+    config = as_data(
+        {name: value for name, value in locals().items() if name not in ("gates", "devices", "device_map")}
+    )
     if device_map is not None and devices != 1:
         raise ValueError("device_map spreads one model over the devices: leave devices out, or device_map.")
     sources = {name: Source.of(path) for name, path in (variants or {}).items()}
