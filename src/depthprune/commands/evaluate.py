@@ -37,6 +37,7 @@ from depthprune.progress import tracked
 from depthprune.report.evaluation import console_table, report
 from depthprune.report.html import write_page
 
+APART = ("gates", "devices", "device_map")  # settings that change nothing of what is measured
 Model = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Parts = dict[tuple[str, str], Callable[[Model], dict[str, Any]]]
 
