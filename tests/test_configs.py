@@ -23,7 +23,7 @@ BY_ROOM = {
     command: [path for path in CONFIGS if path.parent.name == command]
     for command in (
         *("study", "influence", "curve", "prune", "evaluate", "tradeoff", "ablate", "generate", "export"),
-        *("benchmark", "search"),
+        *("benchmark", "search", "frontier"),
     )
 }
 FITS = [path for path in CONFIGS if path.parent.name == "fit"]

@@ -15,30 +15,33 @@ from transformers import PreTrainedModel
 from depthprune.anatomy import Anatomy
 
 
-def start_fabric(accelerator: str, devices: int = 1, strategy: str = "auto") -> Fabric:
+def start_fabric(accelerator: str, devices: int = 1, strategy: str = "auto", num_nodes: int = 1) -> Fabric:
     """Fabric on the devices that are asked for, its processes started.
 
     Args:
         accelerator: as in Lightning: auto, cpu, gpu, ...
-        devices: processes, one for each device.
+        devices: processes of a machine, one for each device.
         strategy: as in Lightning; ``"model_parallel"`` is for a model that :func:`shard_blocks` spreads over them.
+        num_nodes: machines, each with so many devices; SLURM or torchrun starts the processes on them.
 
     Raises:
         ValueError: there are no such devices, or no such strategy.
     """
-    if devices < 1:
-        raise ValueError(f"devices is {devices}: ask for 1 or more.")
+    for name, count in (("devices", devices), ("num_nodes", num_nodes)):
+        if count < 1:
+            raise ValueError(f"{name} is {count}: ask for 1 or more.")
     chosen: str | ModelParallelStrategy = strategy
     if strategy == "model_parallel":
         chosen = ModelParallelStrategy(
-            parallelize_fn=lambda model, mesh: model, data_parallel_size=devices, tensor_parallel_size=1
+            parallelize_fn=lambda model, mesh: model, data_parallel_size=devices * num_nodes, tensor_parallel_size=1
         )
     try:
-        fabric = Fabric(accelerator=accelerator, devices=devices, strategy=chosen)
+        fabric = Fabric(accelerator=accelerator, devices=devices, strategy=chosen, num_nodes=num_nodes)
     except (MisconfigurationException, RuntimeError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(
-            f"Cannot run with accelerator={accelerator!r}, devices={devices}, strategy={strategy!r} here ({reason}): "
+            f"Cannot run with accelerator={accelerator!r}, devices={devices}, num_nodes={num_nodes}, "
+            f"strategy={strategy!r} here ({reason}): "
             "choose others, such as --accelerator cpu."
         ) from error
     fabric.launch()

@@ -37,7 +37,7 @@ from depthprune.progress import tracked
 from depthprune.report.evaluation import console_table, report
 from depthprune.report.html import write_page
 
-APART = ("gates", "devices", "device_map")  # settings that change nothing of what is measured
+APART = ("gates", "devices", "num_nodes", "device_map")  # settings that change nothing of what is measured
 Model = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Parts = dict[tuple[str, str], Callable[[Model], dict[str, Any]]]
 
@@ -65,6 +65,7 @@ def evaluate(
     attn_implementation: str | None = None,
     accelerator: str = "auto",
     devices: int = 1,
+    num_nodes: int = 1,
     gates: str | None = None,
 ) -> int:
     """Score models on tasks and held-out text, beside the unpruned one in one table.
@@ -96,7 +97,8 @@ def evaluate(
             processes.
         attn_implementation: as in transformers, such as eager.
         accelerator: as in Lightning: auto, cpu, cuda.
-        devices: processes, each with a whole model, which share the questions and the text.
+        devices: processes of a machine, each with a whole model, which share the questions and the text.
+        num_nodes: machines, on which SLURM or torchrun starts the processes.
         gates: a YAML file of limits that every variant must keep; they can be changed without measuring anew.
 
     Returns:
@@ -105,7 +107,7 @@ def evaluate(
     config = as_data(
         {name: value for name, value in locals().items() if name not in ("gates", "devices", "device_map")}
     )
-    if device_map is not None and devices != 1:
+    if device_map is not None and devices * num_nodes != 1:
         raise ValueError("device_map spreads one model over the devices: leave devices out, or device_map.")
     sources = {name: Source.of(path) for name, path in (variants or {}).items()}
     if UNPRUNED in sources:
@@ -129,7 +131,7 @@ def evaluate(
         metrics = {name: runner.metrics(name) for name in runner.names} if runner else {}
         probes = [*(PROBES if health is not None else ()), *(RECOGNITION_PROBES if recognition is not None else ())]
         limits = read_gates(gates, names_of_figures(list(data.domains), metrics, probes))
-    fabric = start_fabric(accelerator, devices)
+    fabric = start_fabric(accelerator, devices, num_nodes=num_nodes)
     run = _Run(make_folder(output), fabric.is_global_zero)
     with only_writer(run.folder) if run.is_first else nullcontext():
         content = open_results(run.folder, config)

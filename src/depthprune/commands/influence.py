@@ -62,6 +62,7 @@ def influence(
     attn_implementation: str | None = None,
     accelerator: str = "auto",
     devices: int = 1,
+    num_nodes: int = 1,
     strategy: str = "auto",
     offload: bool = False,
     save_every: int = 16,
@@ -89,7 +90,8 @@ def influence(
         device_map: as in transformers, such as auto; leave it out with several processes.
         attn_implementation: sdpa, eager, flash_attention_2, ...
         accelerator: as in Lightning's Fabric.
-        devices: processes, one for each device.
+        devices: processes of a machine, one for each device.
+        num_nodes: machines, on which SLURM or torchrun starts the processes.
         strategy: as in Lightning's Fabric; model_parallel spreads each block over the processes.
         offload: hold one block at a time, read from the safetensors files, for a model that is larger than memory; for
             static metrics and magnitude, random and reverse_order. What was found is saved after every block.
@@ -98,9 +100,9 @@ def influence(
     if (text is None) == (task is None):
         raise ValueError("Score on a text or on a task: name one of the two, such as --text.path xsum.")
     if offload:  # before several processes are started
-        _check_offload(devices, device_map, run_length, rounds)
+        _check_offload(devices * num_nodes, device_map, run_length, rounds)
     folder = make_folder(output)
-    fabric = start_fabric(accelerator, devices, strategy)
+    fabric = start_fabric(accelerator, devices, strategy, num_nodes)
     with only_writer(folder) if fabric.is_global_zero else nullcontext():
         if fabric.is_global_zero:
             what = f"{sequences} sequences of {text.path}" if text else f"questions of {task.path if task else ''}"
