@@ -43,6 +43,15 @@ def test_one_file_needs_no_index(tmp_path: Path) -> None:
     assert set(WeightFiles(tmp_path).files) == set(tiny_model().state_dict())
 
 
+def test_a_single_file_is_taken_before_shards(folder: Path) -> None:
+    other = tiny_model(seed=5)
+    other.save_pretrained(folder / "other")
+    (folder / SINGLE).write_bytes((folder / "other" / SINGLE).read_bytes())
+    name = next(iter(other.state_dict()))
+    taken = type(other).from_pretrained(folder).state_dict()[name]
+    assert torch.equal(WeightFiles(folder).read([name], torch.float32)[name], taken)
+
+
 def test_what_is_damaged_is_refused(folder: Path) -> None:
     first, second, *_ = shards(folder)
     content = first.read_bytes()

@@ -54,7 +54,7 @@ COMMANDS = {
 LISTS = {"compare": "--tables", "recommend": "--results", "report": "--results"}
 """Commands whose files need no flag, and the flag that they stand for."""
 
-AT_ONCE = ("prune", "recommend", "report", "export", "benchmark", "compare", "list")
+AT_ONCE = ("recommend", "report", "export", "benchmark", "compare", "list")
 """Commands that write what they make once it is whole."""
 
 DRY_RUN = "--dry-run"
@@ -137,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         what = "interrupted" if is_interrupt else "asked to stop"
         rest_of_it = "nothing of it is kept" if command in AT_ONCE else "the same command goes on from what is saved"
+        if command == "prune":
+            rest_of_it = "with offload the same command goes on from what is saved; otherwise nothing of it is kept"
         print(f"depthprune: {what}; {rest_of_it}.", file=sys.stderr)
         return 128 + int(signal.SIGINT if is_interrupt else signal.SIGTERM)
     except RecursionError:

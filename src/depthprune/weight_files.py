@@ -101,18 +101,18 @@ class WeightFiles:
 
 
 def _named_files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor by the index; empty where there is none and all are in one file.
+    """The file of each tensor by the index; empty where all are in one file.
 
     Raises:
         ValueError: the index is damaged, or there is neither.
     """
-    if not (folder / INDEX).is_file():
-        if not (folder / SINGLE).is_file():
-            raise ValueError(
-                f"The folder {folder} has no {SINGLE} and no {INDEX}: weights are read from safetensors files block by "
-                "block; save the model anew with save_pretrained."
-            )
+    if (folder / SINGLE).is_file():  # which transformers takes first, too
         return {}
+    if not (folder / INDEX).is_file():
+        raise ValueError(
+            f"The folder {folder} has no {SINGLE} and no {INDEX}: weights are read from safetensors files block by "
+            "block; save the model anew with save_pretrained."
+        )
     content: Any = read_json(folder / INDEX, "an index of shards")
     try:
         return {str(name): folder / str(file) for name, file in content["weight_map"].items()}

@@ -174,6 +174,7 @@ def test_time_that_is_over(workshop: Workshop, tmp_path: Path, capsys: pytest.Ca
         (("--standing", "refit"), "Unknown replacement to compare plans with 'refit'"),
         (("--positions", 0), "positions is 0"),
         (("--minutes", 0), "minutes is 0"),
+        (("--seed", -1), "seed is -1"),
     ],
 )
 def test_refusals(workshop: Workshop, tmp_path: Path, flags: tuple[object, ...], sentence: str) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from depthprune.anatomy import Anatomy
 from depthprune.evaluation.benchmark import Load
 from depthprune.head import evaluating, predicted_mask, token_losses
-from depthprune.pruning import swapped
+from depthprune.pruning import prune, swapped
 from depthprune.search import losses as losses_room
 from depthprune.search.budget import Budget
 from depthprune.search.costs import Costs, measure_costs
@@ -30,13 +31,13 @@ from tests.tiny_models import BLOCKS, calibration, tiny_batch, tiny_model
 BUDGETS = ("params<=0.7", "kv<=0.5", "params<=0.8 kv<=0.6", "flops<=0.7 kv<=0.7 params<=0.75")
 
 
-def costs_of(kinds: tuple[str, ...] = KINDS) -> Costs:
-    model = tiny_model()
-    return measure_costs(model, Anatomy.of(model).sites(kinds), None, Load(1, 16, 2), 1, ("params", "kv", "flops"))
+def costs_of(model: PreTrainedModel) -> Costs:
+    return measure_costs(model, Anatomy.of(model).sites(KINDS), None, Load(1, 16, 2), 1, ("params", "kv", "flops"))
 
 
 def space_of(budget: str, kinds: tuple[str, ...] = KINDS) -> Space:
-    return Space(Anatomy.of(tiny_model()).sites(kinds), costs_of(kinds), Budget.parse(budget))
+    model = tiny_model()
+    return Space(Anatomy.of(model).sites(kinds), costs_of(model), Budget.parse(budget))
 
 
 def every_plan(space: Space) -> list[Absent]:
@@ -83,6 +84,15 @@ def test_a_budget_that_cannot_be_kept_says_how_close_one_comes() -> None:
     check_reachable(space_of("kv<=0"))
     with pytest.raises(ValueError, match=rf"has kv={1 / BLOCKS:.3f}"):  # one block has to stay
         check_reachable(space_of("kv<=0", ("block",)))
+
+
+def test_a_half_is_a_whole_block_where_the_other_one_went_before() -> None:
+    model = prune(tiny_model(), PruningPlan.of(*(f"attention.{index}" for index in range(BLOCKS))))
+    space = Space(Anatomy.of(model).sites(("mlp",)), costs_of(model), Budget.parse("flops<=0.01"))
+    assert space.is_gone(frozenset({Site(2, "mlp")}))
+    assert not space.leaves_a_block(frozenset(Site(index, "mlp") for index in range(BLOCKS)))
+    with pytest.raises(ValueError, match="cannot be kept by removing mlp sites"):
+        check_reachable(space)
 
 
 def test_steps_come_closer_and_trimming_stays_within() -> None:

@@ -148,7 +148,7 @@ def _check(config: Mapping[str, Any], recoveries: Mapping[str, Rung]) -> None:
         raise ValueError('There is no budget: name some, such as ["params<=0.9", "params<=0.8"].')
     for budget in config["budgets"]:
         Budget.parse(budget)
-    check_search(config["method"], config["positions"])
+    check_search(config["method"], config["positions"], config["seed"])
     if config["standing"] is not None and config["standing"] not in IN_SITES:
         raise unknown_name("replacement to compare plans with", config["standing"], IN_SITES)
     if not config["kinds"] or not recoveries:

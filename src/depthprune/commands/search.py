@@ -107,7 +107,7 @@ def search(
     """
     config = as_data(dict(locals()))
     limits = Budget.parse(budget)
-    check_search(method, positions)
+    check_search(method, positions, seed)
     _check(kinds, minutes)
     folder = make_folder(output)
     with only_writer(folder):
@@ -135,7 +135,7 @@ def search(
         sites = anatomy.sites(tuple(kinds))
         if not sites:
             raise ValueError(f"The model has no {' or '.join(kinds)} sites left: name other kinds.")
-        costs = _costs(folder, causal_lm, sites, counted, load_of_latency, limits)
+        costs = _costs(folder, causal_lm, anatomy.sites(KINDS), counted, load_of_latency, limits)
         space = Space(sites, costs, limits)
         check_reachable(space)
         seconds = None if minutes is None else 60 * minutes

@@ -48,8 +48,8 @@ def run_search(method: str, problem: Problem) -> None:
     SEARCHES[method](problem)
 
 
-def check_search(method: str, positions: float) -> None:
-    """Refuse a search that there is none of, and a share of positions that is out of range.
+def check_search(method: str, positions: float, seed: int) -> None:
+    """Refuse a search that there is none of, and settings that are out of range.
 
     Raises:
         ValueError: it is one.
@@ -58,3 +58,5 @@ def check_search(method: str, positions: float) -> None:
         raise unknown_name("method of search", method, SEARCHES)
     if not 0 < positions <= 1:
         raise ValueError(f"positions is {positions}: choose a share over 0 and up to 1.")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}: set it to 0 or more.")

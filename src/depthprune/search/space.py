@@ -21,7 +21,7 @@ class Space:
 
     Attributes:
         sites: the sites that may go, in depth order.
-        costs: what they take.
+        costs: what all sites of the model take.
         budget: what is allowed.
     """
 
@@ -58,9 +58,19 @@ class Space:
         """A plan with another choice at one block."""
         return frozenset(site for site in absent if site.index != index) | choice
 
+    @cached_property
+    def halves(self) -> dict[int, set[str]]:
+        """By block, which of its attention and its MLP are there, also where they may not go."""
+        found: dict[int, set[str]] = {}
+        for site in self.costs.sites:
+            if site.kind != "block":
+                found.setdefault(site.index, set()).add(site.kind)
+        return found
+
     def is_gone(self, choice: Absent) -> bool:
         """Whether a choice leaves nothing of its block."""
-        return any(site.kind == "block" for site in choice) or len(choice) == 2
+        kinds = {site.kind for site in choice}
+        return "block" in kinds or any(kinds >= self.halves[site.index] for site in choice)
 
     def leaves_a_block(self, absent: Absent) -> bool:
         """Whether a plan leaves something of some block, as a model needs."""
