@@ -15,6 +15,7 @@ LAYERS = [
     {
         "names",
         "filled",
+        "spill",
         "origin",
         "nulls",
         "memory",

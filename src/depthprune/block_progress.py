@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from depthprune.files import check_space, whole_file
+from depthprune.spill import spilled
 
 SETTINGS = "settings"
 
@@ -22,6 +23,7 @@ class BlockProgress:
     Args:
         path: the file.
         settings: what they depend on; those of a run with other ones are not taken up.
+        spill: the folder on whose disk streams are kept; in memory if not given.
 
     Attributes:
         done: how many blocks are done.
@@ -29,9 +31,10 @@ class BlockProgress:
         found: what was found so far, by name.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any], spill: Path | None = None) -> None:
         self.path = path
         self.settings = json.dumps(settings, sort_keys=True, default=str)
+        self.spill = spill
         self.done = 0
         self.streams: list[Tensor] = []
         self.found: dict[str, Tensor] = {}
@@ -69,6 +72,11 @@ class BlockProgress:
         """Remove the file, once what it was for is written."""
         self.path.unlink(missing_ok=True)
 
+    def _held(self, stream: Tensor) -> Tensor:
+        """A stream apart from the file that it was read from."""
+        held = stream.clone()
+        return held if self.spill is None else spilled(held, self.spill)
+
     def _read(self) -> None:
         if not self.path.exists():
             return
@@ -79,7 +87,7 @@ class BlockProgress:
                     return
                 names = [key for key in file.keys() if key.startswith("found/")]  # noqa: SIM118 -- it is no mapping
                 found = {name.removeprefix("found/"): file.get_tensor(name).clone() for name in names}
-                streams = [file.get_tensor(f"streams/{place}").clone() for place in range(int(about["batches"]))]
+                streams = [self._held(file.get_tensor(f"streams/{place}")) for place in range(int(about["batches"]))]
                 self.done, self.found, self.streams = int(about["done"]), found, streams
         except (SafetensorError, OSError, KeyError, ValueError):
             return  # damaged: begun anew

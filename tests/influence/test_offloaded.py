@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import depthprune.recovery.carried as carried_room
 from depthprune.anatomy import unpruned_fingerprint
 from depthprune.block_progress import BlockProgress
 from depthprune.influence.estimate import estimate_influence
@@ -19,6 +20,7 @@ from depthprune.influence.table import InfluenceTable
 from depthprune.offload import OffloadedModel
 from depthprune.pruning import prune
 from depthprune.sites import PruningPlan
+from depthprune.spill import spilled
 from tests.killing import forked
 from tests.tiny_models import BLOCKS, FAMILIES, MIXTURES, tiny_batch, tiny_model
 
@@ -97,12 +99,29 @@ def test_half_precision(tmp_path: Path) -> None:
         check_same(found, estimate_influence(opened, batches(), METRICS))
 
 
-@pytest.mark.parametrize("after", [1, 3, BLOCKS])
-def test_a_killed_run_goes_on(after: int, tmp_path: Path) -> None:
+def test_streams_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, seen = saved(tiny_model(), tmp_path / "model"), []
+
+    def watched(tensor: torch.Tensor, place: Path) -> torch.Tensor:
+        seen.append(spilled(tensor, place))
+        return seen[-1]
+
+    monkeypatch.setattr(carried_room, "spilled", watched)
+    (tmp_path / "disk").mkdir()
+    with OffloadedModel(str(folder)) as offloaded:
+        found = estimate_offloaded(offloaded, batches(), METRICS, spill=tmp_path / "disk")
+    check_same(found, estimate_influence(tiny_model(), batches(), METRICS))
+    assert len(seen) == len(batches()) * (1 + BLOCKS)
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+@pytest.mark.parametrize(("after", "on_disk"), [(1, False), (3, True), (BLOCKS, False)])
+def test_a_killed_run_goes_on(after: int, on_disk: bool, tmp_path: Path) -> None:
     folder = str(saved(tiny_model(), tmp_path / "model"))
+    spill = tmp_path if on_disk else None
 
     def progress(settings: str = "same") -> BlockProgress:
-        return BlockProgress(tmp_path / "progress.safetensors", {"text": settings})
+        return BlockProgress(tmp_path / "progress.safetensors", {"text": settings}, spill)
 
     def work() -> int:
         kept = progress()
@@ -115,14 +134,14 @@ def test_a_killed_run_goes_on(after: int, tmp_path: Path) -> None:
 
         kept.save = save_and_die  # type: ignore[method-assign, assignment]
         with OffloadedModel(folder) as offloaded:
-            estimate_offloaded(offloaded, batches(), METRICS, progress=kept)
+            estimate_offloaded(offloaded, batches(), METRICS, progress=kept, spill=spill)
         return 0
 
     assert forked(work) == -signal.SIGKILL
     assert progress().done == after
     assert progress("another").done == 0
     with OffloadedModel(folder) as offloaded:
-        found = estimate_offloaded(offloaded, batches(), METRICS, progress=progress())
+        found = estimate_offloaded(offloaded, batches(), METRICS, progress=progress(), spill=spill)
     check_same(found, estimate_influence(tiny_model(), batches(), METRICS))
     content = (tmp_path / "progress.safetensors").read_bytes()
     (tmp_path / "progress.safetensors").write_bytes(content[:-9])

@@ -118,6 +118,21 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_streams_on_disk(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    (tmp_path / "disk").mkdir()
+    plan = PruningPlan.of("block.2", "attention.4", replacement="linear")
+    found = []
+    for spill in (None, tmp_path / "disk"):
+        with OffloadedModel(str(tmp_path / "model")) as offloaded:
+            prune_offloaded(offloaded, plan, list(calibration()), spill=spill)
+            found.append({key: value for key, value in offloaded.model.state_dict().items() if ".replacement." in key})
+    assert found[0].keys() == found[1].keys() != set()
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=0, atol=0)
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
 def test_generation_settings_stay(tmp_path: Path) -> None:
     model = tiny_model()
     model.generation_config.update(do_sample=True, temperature=0.3, eos_token_id=[2, 5])

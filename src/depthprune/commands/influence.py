@@ -65,6 +65,7 @@ def influence(
     num_nodes: int = 1,
     strategy: str = "auto",
     offload: bool = False,
+    spill: str | None = None,
     save_every: int = 16,
 ) -> None:
     """Score sites on a text or a task and write influence.json, .csv, .png and a TensorBoard figure.
@@ -95,12 +96,17 @@ def influence(
         strategy: as in Lightning's Fabric; model_parallel spreads each block over the processes.
         offload: hold one block at a time, read from the safetensors files, for a model that is larger than memory; for
             static metrics and magnitude, random and reverse_order. What was found is saved after every block.
+        spill: with offload, a folder on whose disk the streams of the text are kept, for a text that is larger than
+            memory.
         save_every: save the sums after so many batches; the same command goes on from there.
     """
     if (text is None) == (task is None):
         raise ValueError("Score on a text or on a task: name one of the two, such as --text.path xsum.")
     if offload:  # before several processes are started
+        room = None if spill is None else make_folder(spill)
         _check_offload(devices * num_nodes, device_map, run_length, rounds)
+    elif spill is not None:
+        raise ValueError("spill goes with offload, which carries the text block by block: leave it out.")
     folder = make_folder(output)
     fabric = start_fabric(accelerator, devices, strategy, num_nodes)
     with only_writer(folder) if fabric.is_global_zero else nullcontext():
@@ -148,7 +154,7 @@ def influence(
         start = time.monotonic()
         saved: SavedSums | BlockProgress
         if offloaded:
-            saved = BlockProgress(folder / "progress.safetensors", {**settings, "offload": True})
+            saved = BlockProgress(folder / "progress.safetensors", {**settings, "offload": True}, room)
         else:
             saved = SavedSums(folder / "progress.safetensors", settings, save_every)
         if saved.done and fabric.is_global_zero:
@@ -167,6 +173,7 @@ def influence(
                     about,
                     lambda blocks: tracked(blocks, "Blocks"),
                     saved,
+                    room,
                 )
         else:
             assert isinstance(saved, SavedSums)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def prune(
     revision: str | None = None,
     device_map: str | None = None,
     offload: bool = False,
+    spill: str | None = None,
     max_shard_size: str | None = None,
 ) -> None:
     """Make a plan and prune a model for good.
@@ -91,6 +93,8 @@ def prune(
         device_map: as in transformers, such as auto.
         offload: hold one block at a time, read from the safetensors files, for a model that is larger than memory; for
             none, emulated_update, additive_bias, low_rank_adapter and linear. Mean updates are saved block by block.
+        spill: with offload, a folder on whose disk the streams of the text are kept, for a text that is larger than
+            memory.
         max_shard_size: with offload, the size at which files of weights are split, and so held in memory; 5GB if not
             given.
     """
@@ -106,10 +110,10 @@ def prune(
             raise ValueError(
                 f"{flag} does not go with {given[0]}, which has its own or no use for it: leave one of the two out."
             )
-    if max_shard_size is not None:
-        if not offload:
-            raise ValueError("max_shard_size goes with offload, which writes one file at a time: leave it out.")
-        check_shard_size(max_shard_size)
+    for name, value in {"max_shard_size": max_shard_size, "spill": spill}.items():
+        if value is not None and not offload:
+            raise ValueError(f"{name} goes with offload, which holds one block at a time: leave it out.")
+    check_shard_size(max_shard_size or "5GB")
     output = str(check_new_folder(output))
     trained = read_trained(checkpoint) if checkpoint else None
     offloaded = None
@@ -164,7 +168,7 @@ def prune(
         if offloaded is None:
             prune_model(causal_lm, chosen, loader and tracked(loader, "Calibrating"), fitting)
         else:
-            _prune_in_files(offloaded, tokenizer, chosen, loader, fitting, Path(output), max_shard_size or "5GB")
+            _prune_in_files(offloaded, tokenizer, chosen, loader, fitting, Path(output), max_shard_size or "5GB", spill)
     if offloaded is None:
         save(causal_lm, tokenizer, output)
     record = pruning_record(causal_lm)
@@ -184,6 +188,7 @@ def _prune_in_files(
     fitting: Fitting,
     output: Path,
     max_shard_size: str,
+    spill: str | None,
 ) -> None:
     """Prune a model whose blocks stay in their files, and write it; a killed run goes on with the same command."""
     settings = {
@@ -193,11 +198,13 @@ def _prune_in_files(
         "dtype": str(offloaded.dtype),
     }
     place = make_folder(output.parent) / f".{output.name}.progress.safetensors"
-    progress = BlockProgress(place, settings)
+    room = None if spill is None else make_folder(spill)
+    progress = BlockProgress(place, settings, room)
     if progress.done:
         print(f"Going on from {progress.done} blocks that a run before had measured.", flush=True)
     with offloaded:
-        prune_offloaded(offloaded, plan, list(text or ()), fitting, lambda places: tracked(places, "Blocks"), progress)
+        watch = partial(tracked, label="Blocks")
+        prune_offloaded(offloaded, plan, list(text or ()), fitting, watch, progress, room)
     save_offloaded(offloaded, tokenizer, output, max_shard_size, lambda files: tracked(files, "Writing"))
     progress.remove()
 

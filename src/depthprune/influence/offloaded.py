@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ def estimate_offloaded(
     provenance: Mapping[str, object] | None = None,
     watch: Callable[[Sequence[int]], Iterator[int]] = iter,
     progress: BlockProgress | None = None,
+    spill: Path | None = None,
 ) -> InfluenceTable:
     """Score sites as :func:`~depthprune.influence.estimate.estimate_influence` does, a block in memory at a time.
 
@@ -50,6 +52,7 @@ def estimate_offloaded(
         provenance: where the batches came from, kept in the table and in its plans.
         watch: goes through the blocks that are left and shows how far it is.
         progress: keeps what was found after every block; a run that was killed goes on from there.
+        spill: the folder on whose disk streams are kept; in memory if not given.
 
     Raises:
         ValueError: a metric needs more than a block, an unknown kind or denominator, or no token at all.
@@ -69,7 +72,7 @@ def estimate_offloaded(
     texts = list(on_device(batches, offloaded.model))
     for batch in texts:
         check_batch(batch)
-    carried = carry(offloaded.model, texts)
+    carried = carry(offloaded.model, texts, spill)
     tokens = sum(int(batch.counts.sum()) for batch in carried)
     if not tokens:
         raise ValueError("There is no token to count: the batches are empty or all padding.")
@@ -80,7 +83,8 @@ def estimate_offloaded(
         if [stream.shape for stream in progress.streams] == [waiting.unpruned.shape for waiting in carried]:
             done, found = progress.done, dict(progress.found)
             for waiting, stream in zip(carried, progress.streams, strict=True):
-                waiting.unpruned = waiting.pruned = stream.to(offloaded.device)
+                waiting.unpruned = waiting.pruned = waiting.keep(stream.to(offloaded.device))
+            progress.streams = []
     for place in watch(range(done, len(anatomy.blocks))):
         here = [site for site in sites if site.index == anatomy.kept_blocks[place]]
         influence = StaticInfluence(here, static, denominator, leave_out_massive, RESAMPLES, seed)
@@ -124,7 +128,8 @@ def _run(
     with observed(anatomy.model, influence.sites, report) as next_mask:
         for text, batch in zip(texts, carried, strict=True):
             next_mask(text.get("attention_mask"))
-            batch.unpruned = batch.pruned = run_block(anatomy, place, batch.calls, batch.unpruned)
+            stream = batch.unpruned.to(anatomy.model.device)  # from the disk, it is on the CPU
+            batch.unpruned = batch.pruned = batch.keep(run_block(anatomy, place, batch.calls, stream))
             influence.end_batch()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from depthprune.anatomy import Anatomy
 from depthprune.head import Batch, evaluating, hidden_states, on_device
+from depthprune.spill import spilled
 from depthprune.surgery import switched
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -35,18 +37,29 @@ class CarriedBatch:
         counts: which tokens are not padding, ``(B, T)`` bool.
         unpruned: the stream of the unpruned model, ``(B, T, D)``.
         pruned: the stream of the pruned model.
+        spill: the folder on whose disk streams are kept; in memory if not given.
     """
 
     calls: dict[int, Call]
     counts: Tensor
     unpruned: Tensor
     pruned: Tensor
+    spill: Path | None = None
+
+    def keep(self, stream: Tensor) -> Tensor:
+        """A stream where streams are kept."""
+        return stream if self.spill is None else spilled(stream, self.spill)
 
 
-def carry(model: PreTrainedModel, batches: Iterable[Batch]) -> list[CarriedBatch]:
+def carry(model: PreTrainedModel, batches: Iterable[Batch], spill: Path | None = None) -> list[CarriedBatch]:
     """Batches that stand before the first block.
 
     Their streams are held until the batches are dropped: twice ``B T D`` numbers of the model's dtype for each.
+
+    Args:
+        model: the model.
+        batches: the text.
+        spill: see :class:`CarriedBatch`.
     """
     anatomy = Anatomy.of(model)
     carried = []
@@ -54,7 +67,8 @@ def carry(model: PreTrainedModel, batches: Iterable[Batch]) -> list[CarriedBatch
         for batch in on_device(batches, model):
             stream, calls = stream_before(anatomy, batch, 0)
             counts = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-            carried.append(CarriedBatch(calls, counts, stream, stream))
+            stream = stream if spill is None else spilled(stream, spill)
+            carried.append(CarriedBatch(calls, counts, stream, stream, spill))
     return carried
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,6 +95,7 @@ def fit_maps(
     batches: Iterable[Batch],
     held_out: Iterable[Batch],
     fitting: Fitting,
+    spill: Path | None = None,
 ) -> dict[Site, AffineMap]:
     """Solve the maps and the refit layers of a model with slots; its constants are calibrated already.
 
@@ -103,6 +105,7 @@ def fit_maps(
         batches: the text to fit to; its streams are held meanwhile (see :func:`~depthprune.recovery.carried.carry`).
         held_out: the text by which the ridge is chosen.
         fitting: how.
+        spill: the folder on whose disk streams are kept; in memory if not given.
 
     Returns:
         The map of each removal's first site, and the change of each refit layer, by the attention or MLP that it ends.
@@ -117,7 +120,7 @@ def fit_maps(
     waiting: list[Removal | Writer] = [*solved_here, *writers(anatomy, plan)]
     found: dict[Site, AffineMap] = {}
     with evaluating(model):
-        texts = carry(model, batches), carry(model, held_out)
+        texts = carry(model, batches, spill), carry(model, held_out, spill)
         for segment in segments(anatomy, plan):
             parts = [[(batch, unpruned_streams(anatomy, segment, batch)) for batch in text] for text in texts]
             for item in _in_depth_order(anatomy, segment, waiting):

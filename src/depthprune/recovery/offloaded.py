@@ -37,6 +37,7 @@ def prune_offloaded(
     fitting: Fitting | None = None,
     watch: Callable[[Sequence[int]], Iterator[int]] = iter,
     progress: BlockProgress | None = None,
+    spill: Path | None = None,
 ) -> None:
     """Find a plan's replacements and remove its sites for good, with one block in memory at a time.
 
@@ -49,6 +50,7 @@ def prune_offloaded(
         fitting: how maps are fitted.
         watch: goes through the blocks while constants are measured, and shows how far it is.
         progress: keeps the constants of the blocks that are done.
+        spill: the folder on whose disk streams are kept; in memory if not given.
 
     Raises:
         ValueError: a replacement needs the whole model, or text that is not there.
@@ -69,7 +71,8 @@ def prune_offloaded(
     fit, tune = split_batches(batches) if is_fitted_here else (list(batches), [])
     if needed:
         kinds = tuple(dict.fromkeys(site.kind for site in needed))
-        means = estimate_offloaded(offloaded, fit, ["l2"], kinds, watch=watch, progress=progress).mean_updates
+        table = estimate_offloaded(offloaded, fit, ["l2"], kinds, watch=watch, progress=progress, spill=spill)
+        means = table.mean_updates
     install_slots(model, plan)
     for module in model.modules():
         replacement = getattr(module, "replacement", None)
@@ -78,7 +81,7 @@ def prune_offloaded(
     calibrate(model, plan, means, fitting)
     if is_fitted_here:
         with offloaded.on_demand(max(len(removal.sites) for removal in plan.removals)):
-            fit_maps(model, plan, fit, tune, fitting)
+            fit_maps(model, plan, fit, tune, fitting, spill)
     offloaded.keep_keys()
     remove_for_good(model, plan)
 

@@ -75,7 +75,8 @@ def unpruned_streams(anatomy: Anatomy, segment: Segment, batch: CarriedBatch) ->
     kept: dict[str, Tensor] = {}
     with attention_kept(anatomy, segment.places[0], kept) if len(segment.places) == 1 else nullcontext():
         after = through(anatomy, segment.places, batch, before, "original")
-    return Streams(before, before + kept["update"].view_as(before) if kept else None, after)
+    between = batch.keep(before + kept["update"].view_as(before)) if kept else None
+    return Streams(before, between, batch.keep(after))
 
 
 def pass_segment(anatomy: Anatomy, segment: Segment, batch: CarriedBatch, after: Tensor) -> None:
@@ -88,7 +89,7 @@ def pass_segment(anatomy: Anatomy, segment: Segment, batch: CarriedBatch, after:
         after: the unpruned stream after the segment, ``(B, T, D)``.
     """
     if segment.is_changed or batch.pruned is not batch.unpruned:
-        batch.pruned = through(anatomy, segment.places, batch, batch.pruned, "replacement")
+        batch.pruned = batch.keep(through(anatomy, segment.places, batch, batch.pruned, "replacement"))
     else:
         batch.pruned = after
     batch.unpruned = after
