@@ -203,7 +203,7 @@ def test_no_question_at_all_is_refused(workshop: Workshop, tmp_path: Path) -> No
 def test_a_block_at_a_time(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = ("--metrics", "[cosine, relative_l2, magnitude]")
     assert run(*command(workshop, tmp_path / "whole", *metrics)) == 0
-    assert run(*command(workshop, tmp_path / "parts", *metrics, "--offload", "true")) == 0
+    assert run(*command(workshop, tmp_path / "parts", *metrics, "--offload", "true", "--spill", tmp_path)) == 0
     assert f"{BLOCKS}/{BLOCKS}" in capsys.readouterr().err
     whole, parts = (json.loads((tmp_path / name / "influence.json").read_text()) for name in ("whole", "parts"))
     assert parts["fingerprint"] == whole["fingerprint"]
@@ -211,6 +211,7 @@ def test_a_block_at_a_time(workshop: Workshop, tmp_path: Path, capsys: pytest.Ca
     for metric, column in whole["values"].items():
         assert parts["values"][metric] == pytest.approx(column, rel=1e-6)
     assert not (tmp_path / "parts" / "progress.safetensors").exists()
+    assert "spill goes with offload" in refusal(*command(workshop, tmp_path / "out", "--spill", tmp_path))
 
 
 @pytest.mark.parametrize(

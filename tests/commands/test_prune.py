@@ -214,13 +214,34 @@ def test_a_block_at_a_time(replacement: str, workshop: Workshop, tmp_path: Path)
     arguments += ["--replacement", replacement, "--text.path", workshop.text, "--sequence_length", LENGTH]
     arguments += ["--sequences", 8]
     assert run(*arguments, "--output", tmp_path / "whole") == 0
-    assert run(*arguments, "--output", tmp_path / "parts", "--offload", "true", "--max_shard_size", "20KB") == 0
+    assert (
+        run(
+            *arguments,
+            "--output",
+            tmp_path / "parts",
+            "--offload",
+            "true",
+            "--max_shard_size",
+            "20KB",
+            "--spill",
+            tmp_path,
+        )
+        == 0
+    )
     whole, parts = (load(tmp_path / name)[0] for name in ("whole", "parts"))
     assert parts.config.depthprune == whole.config.depthprune
     for key, tensor in whole.state_dict().items():
         torch.testing.assert_close(parts.state_dict()[key], tensor, rtol=1e-4, atol=1e-4, msg=key)
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
+
+
+def test_what_goes_with_offload_alone(workshop: Workshop, tmp_path: Path) -> None:
+    for flag, value in (("--max_shard_size", "1GB"), ("--spill", tmp_path)):
+        refused = refusal(*command(workshop, tmp_path / "out", "--sites", "[block.2]", flag, value))
+        assert f"{flag.removeprefix('--')} goes with offload" in refused
+    more = ("--sites", "[block.2]", "--offload", "true", "--max_shard_size", "much")
+    assert "max_shard_size is 'much'" in refusal(*command(workshop, tmp_path / "out", *more))
 
 
 def test_a_killed_pruning_block_by_block_goes_on(
