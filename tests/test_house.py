@@ -93,6 +93,7 @@ LAYERS = [
     },
     {"search.costs"},
     {"search.space"},
+    {"recovery.carried_progress"},
     {"search.knapsack", "recovery.segments", "export.folding", "export.llama", "export.modeling_decilm"},
     {
         "loading",

@@ -38,7 +38,15 @@ class BlockProgress:
         self.done = 0
         self.streams: list[Tensor] = []
         self.found: dict[str, Tensor] = {}
+        self._parts: dict[str, BlockProgress] = {}
         self._read()
+
+    def part(self, name: str) -> BlockProgress:
+        """Another file beside this one, for one more way through the blocks of the same run."""
+        if name not in self._parts:
+            place = self.path.with_name(f"{self.path.name}.{name}")
+            self._parts[name] = BlockProgress(place, {"part": name, "of": self.settings}, self.spill)
+        return self._parts[name]
 
     def check_space(self, streams: Sequence[Tensor], found: int) -> None:
         """Refuse a disk that is too small, before any block is run.
@@ -69,8 +77,9 @@ class BlockProgress:
         self.done = done
 
     def remove(self) -> None:
-        """Remove the file, once what it was for is written."""
-        self.path.unlink(missing_ok=True)
+        """Remove the file and its parts, once what they were for is written."""
+        for progress in (self, *self._parts.values()):
+            progress.path.unlink(missing_ok=True)
 
     def _held(self, stream: Tensor) -> Tensor:
         """A stream apart from the file that it was read from."""

@@ -244,11 +244,12 @@ def test_what_goes_with_offload_alone(workshop: Workshop, tmp_path: Path) -> Non
     assert "max_shard_size is 'much'" in refusal(*command(workshop, tmp_path / "out", *more))
 
 
+@pytest.mark.parametrize("replacement", ["emulated_update", "linear"])
 def test_a_killed_pruning_block_by_block_goes_on(
-    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    replacement: str, workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments: list[object] = ["prune", "--model", workshop.model, "--sites", "[block.4]", "--offload", "true"]
-    arguments += ["--replacement", "emulated_update", "--text.path", workshop.text, "--sequence_length", LENGTH]
+    arguments: list[object] = ["prune", "--model", workshop.model, "--sites", "[mlp.1, block.4]", "--offload", "true"]
+    arguments += ["--replacement", replacement, "--text.path", workshop.text, "--sequence_length", LENGTH]
     save = BlockProgress.save
 
     def work() -> int:

@@ -92,7 +92,7 @@ def prune(
         revision: branch, tag or commit on the hub.
         device_map: as in transformers, such as auto.
         offload: hold one block at a time, read from the safetensors files, for a model that is larger than memory; for
-            none, emulated_update, additive_bias, low_rank_adapter and linear. Mean updates are saved block by block.
+            none, emulated_update, additive_bias, low_rank_adapter and linear. What was found is saved block by block.
         spill: with offload, a folder on whose disk the streams of the text are kept, for a text that is larger than
             memory.
         max_shard_size: with offload, the size at which files of weights are split, and so held in memory; 5GB if not
@@ -200,8 +200,8 @@ def _prune_in_files(
     place = make_folder(output.parent) / f".{output.name}.progress.safetensors"
     room = None if spill is None else make_folder(spill)
     progress = BlockProgress(place, settings, room)
-    if progress.done:
-        print(f"Going on from {progress.done} blocks that a run before had measured.", flush=True)
+    if done := max(progress.done, progress.part("maps").done):
+        print(f"Going on from {done} blocks that a run before had done.", flush=True)
     with offloaded:
         watch = partial(tracked, label="Blocks")
         prune_offloaded(offloaded, plan, list(text or ()), fitting, watch, progress, room)

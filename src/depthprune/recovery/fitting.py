@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from depthprune.anatomy import Anatomy
+from depthprune.block_progress import BlockProgress
 from depthprune.covariances import Covariances, PairedMoments
 from depthprune.head import Batch, evaluating
 from depthprune.kept_layers import SolvedLayer
@@ -20,6 +21,7 @@ from depthprune.moments import MeanUpdates, Observation, Vectors, massive, reads
 from depthprune.names import unknown_name
 from depthprune.nulls import check_filled
 from depthprune.recovery.carried import CarriedBatch, carry, hooked, through
+from depthprune.recovery.carried_progress import put_down, restored
 from depthprune.recovery.cosine import Tokens, cosine_map
 from depthprune.recovery.regression import NO_RIDGE, STRENGTHS, AffineMap, best_map
 from depthprune.recovery.segments import (
@@ -96,6 +98,8 @@ def fit_maps(
     held_out: Iterable[Batch],
     fitting: Fitting,
     spill: Path | None = None,
+    watch: Callable[[Sequence[Segment]], Iterator[Segment]] = iter,
+    progress: BlockProgress | None = None,
 ) -> dict[Site, AffineMap]:
     """Solve the maps and the refit layers of a model with slots; its constants are calibrated already.
 
@@ -106,6 +110,9 @@ def fit_maps(
         held_out: the text by which the ridge is chosen.
         fitting: how.
         spill: the folder on whose disk streams are kept; in memory if not given.
+        watch: goes through the segments that are left and shows how far it is.
+        progress: keeps the streams and what was solved behind every segment, for a plan without refit layers; a run
+            that was killed goes on from there.
 
     Returns:
         The map of each removal's first site, and the change of each refit layer, by the attention or MLP that it ends.
@@ -121,7 +128,12 @@ def fit_maps(
     found: dict[Site, AffineMap] = {}
     with evaluating(model):
         texts = carry(model, batches, spill), carry(model, held_out, spill)
-        for segment in segments(anatomy, plan):
+        path, start = list(segments(anatomy, plan)), 0
+        if progress is not None:
+            start = restored(progress, list(chain(*texts)), slots)
+            gone = {anatomy.kept_blocks[segment.places[0]] for segment in path[:start]}
+            waiting = [item for item in waiting if _site(item).index not in gone]
+        for number, segment in enumerate(watch(path[start:]), start + 1):
             parts = [[(batch, unpruned_streams(anatomy, segment, batch)) for batch in text] for text in texts]
             for item in _in_depth_order(anatomy, segment, waiting):
                 waiting.remove(item)
@@ -141,6 +153,8 @@ def fit_maps(
                 break
             for batch, streams in chain(*parts):
                 pass_segment(anatomy, segment, batch, streams.after)
+            if progress is not None:
+                put_down(progress, number, list(chain(*texts)), {site: slots[site].replacement for site in found})
     return found
 
 

@@ -21,6 +21,7 @@ from depthprune.loading import PLAN_FILE, WEIGHTS, write_pruned_config
 from depthprune.offload import OffloadedModel
 from depthprune.recovery.closed_form import calibrate, check_closed_form, sites_to_measure, split_batches
 from depthprune.recovery.fitting import Fitting, fit_maps
+from depthprune.recovery.segments import Segment
 from depthprune.removal import remove_for_good
 from depthprune.replacements.registry import is_fitted
 from depthprune.sites import PruningPlan, Site
@@ -48,8 +49,8 @@ def prune_offloaded(
         plan: the plan.
         batches: the text to calibrate and fit on; its streams are held. May be empty where nothing is.
         fitting: how maps are fitted.
-        watch: goes through the blocks while constants are measured, and shows how far it is.
-        progress: keeps the constants of the blocks that are done.
+        watch: goes through the blocks while constants are measured and while maps are fitted, and shows how far it is.
+        progress: keeps the constants and the maps of the blocks that are done.
         spill: the folder on whose disk streams are kept; in memory if not given.
 
     Raises:
@@ -81,9 +82,15 @@ def prune_offloaded(
     calibrate(model, plan, means, fitting)
     if is_fitted_here:
         with offloaded.on_demand(max(len(removal.sites) for removal in plan.removals)):
-            fit_maps(model, plan, fit, tune, fitting, spill)
+            maps = None if progress is None else progress.part("maps")
+            fit_maps(model, plan, fit, tune, fitting, spill, lambda left: _watched(watch, left), maps)
     offloaded.keep_keys()
     remove_for_good(model, plan)
+
+
+def _watched(watch: Callable[[Sequence[int]], Iterator[int]], left: Sequence[Segment]) -> Iterator[Segment]:
+    """Segments, shown by their places."""
+    return (left[place] for place in watch(range(len(left))))
 
 
 def save_offloaded(
