@@ -112,3 +112,12 @@ def test_what_is_written_one_by_one_waits_for_the_weights() -> None:
     assert [stage.name for stage in work.stages] == ["text"]
     assert work.stages[0].seconds(Rate(1e9, 1e9, ""), 2) == pytest.approx(4)
     assert work.stages[0].seconds(Rate(1e9, 0.0, ""), 1) == pytest.approx(2)
+
+
+def test_phases_hold_memory_by_turns() -> None:
+    work = Work()
+    work.hold({"weights": 10})
+    work.hold({"weights": 4, "logits": 1})  # the larger of two
+    work.hold({"streams": 7}, "closed form")
+    work.hold({"weights of the optimizer": 2, "activations": 3}, "training")
+    assert work.most == 10 + 1 + 7

@@ -63,7 +63,8 @@ def influence(work: Work, shape: Shape, settings: Settings) -> None:
         work.hold({"the stream before every block": shape.blocks * batch_size * length * _stream(shape)})
     hold_model(work, shape, batch_size, length, share=_share(shape, settings))
     if offload:
-        work.hold({"weights": _offloaded(shape), "streams of all batches": tokens * _stream(shape)})
+        work.memory[""]["weights"] = _offloaded(shape)
+        work.hold({"streams of all batches": tokens * _stream(shape)})
         work.disk = 2 * tokens * _stream(shape)
     if task is not None:
         work.left_out.append("Questions are counted as long as sequence_length lets them be; they are shorter.")
@@ -104,6 +105,8 @@ def prune(work: Work, shape: Shape, settings: Settings) -> None:
     names = {removal.replacement for removal in plan.removals} if plan is not None else {settings["replacement"]}
     options: Mapping[str, Any] = settings["options"] or {}
     hold_model(work, shape, settings["batch_size"], length)
+    if settings["offload"]:
+        work.memory[""]["weights"] = _offloaded(shape)
     if settings["plan_only"]:
         return
     for name in sorted(filter(None, names)) if settings["checkpoint"] is None else ():
@@ -111,7 +114,7 @@ def prune(work: Work, shape: Shape, settings: Settings) -> None:
             options = next(removal.options for removal in plan.removals if removal.replacement == name)
         fitted_parts(work, shape, plan, Rung(name, options, fitting=settings["fitting"]), sequences, length, tune=0.0)
     if settings["offload"]:
-        work.hold({"weights": _offloaded(shape), "streams of all batches": sequences * length * _stream(shape)})
+        work.hold({"streams of all batches": sequences * length * _stream(shape)})
     gone = 0
     if plan is not None:
         modules = [module for site in plan.sites for module in Anatomy.of(shape.model).chain(site)]

@@ -130,7 +130,8 @@ def frontier(work: Work, shape: Shape, settings: Mapping[str, Any]) -> None:
     for stage in part.stages:
         times = settings["samples"]
         work.add(stage.name, times * stage.tokens, times * stage.flops, times * stage.moved)
-    work.hold(part.memory)
+    for phase, parts in part.memory.items():
+        work.hold(parts, phase)
     hold_model(work, shape, settings["batch_size"], settings["sequence_length"])
     work.left_out += part.left_out
     work.left_out.append("Budgets that cannot be kept take nothing, and recoveries share plans: it may be less.")

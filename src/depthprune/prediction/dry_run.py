@@ -122,15 +122,16 @@ def _show(command: str, shape: Shape, work: Work, rate: Rate, accelerator: str, 
     table.add_row("all", f"{sum(stage.tokens for stage in work.stages):,.0f}", f"{flops:.2e}", time_text(total))
     console.print(table)
     memory = Table()
-    memory.add_column("at a time, on one device")
+    memory.add_column("on one device")
     memory.add_column("GiB", justify="right")
     if accelerator == "cpu":
         work.hold({"this program and its libraries": float(psutil.Process().memory_info().rss)})
-    for name, size in work.memory.items():
-        memory.add_row(name, f"{size / GIB:.2f}")
+    for phase, parts in work.memory.items():
+        for name, size in parts.items():
+            memory.add_row(f"{phase}: {name}" if phase else name, f"{size / GIB:.2f}")
     memory.add_section()
-    needed = sum(work.memory.values())
-    memory.add_row("all", f"{needed / GIB:.2f}")
+    needed = work.most
+    memory.add_row("the most at a time" if len(work.memory) > 2 else "all", f"{needed / GIB:.2f}")
     console.print(memory)
     on = f"{work.devices} devices, each" if work.devices > 1 else "one device"
     print(f"Counted on {on} with {rate.flops:.2e} operations a second ({rate.where}).")

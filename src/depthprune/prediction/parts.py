@@ -93,7 +93,8 @@ def fitted_parts(
         {
             "streams of both models": 2 * both * width * shape.dtype.itemsize,
             "sums of a map": SUMS * max(inner, width) ** 2,
-        }
+        },
+        "closed form",
     )
 
 
@@ -170,7 +171,8 @@ def trained(
             "what the backward pass needs": shape.blocks * kept * stream + inner
             if checkpointing
             else shape.blocks * kept * inner,
-        }
+        },
+        "training",
     )
 
 

@@ -35,14 +35,14 @@ class Work:
 
     Attributes:
         stages: in the order in which they are done.
-        memory: the most that one device holds at a time, bytes by what they are.
+        memory: what one device holds, bytes by what they are, by phase: "" is held all the time, the others by turns.
         disk: bytes that are written.
         left_out: what cannot be counted before it is begun, in sentences.
         devices: how many share the work.
     """
 
     stages: list[Stage] = field(default_factory=list)
-    memory: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, dict[str, float]] = field(default_factory=lambda: {"": {}})
     disk: float = 0.0
     left_out: list[str] = field(default_factory=list)
     devices: int = 1
@@ -58,7 +58,14 @@ class Work:
         else:
             self.stages.append(after)
 
-    def hold(self, parts: Mapping[str, float]) -> None:
-        """Add to what is held at a time; the larger of two that have one name."""
+    def hold(self, parts: Mapping[str, float], phase: str = "") -> None:
+        """Add to what is held in a phase; the larger of two that have one name."""
+        held = self.memory.setdefault(phase, {})
         for name, size in parts.items():
-            self.memory[name] = max(self.memory.get(name, 0.0), size)
+            held[name] = max(held.get(name, 0.0), size)
+
+    @property
+    def most(self) -> float:
+        """Bytes that one device holds in the phase that takes most."""
+        always, *others = (sum(parts.values()) for parts in self.memory.values())
+        return always + max(others, default=0.0)
