@@ -1,6 +1,6 @@
 """Every search beside the one before it at one budget, on disjoint samples: python tests/benchmarks/searches.py FOLDER
 
-Each plan is searched on a sample's score text with nothing in the sites and measured on its test text. What was measured
+Each plan is searched on a sample's score text with nothing in the sites, and measured on its test text. What was found
 stays in FOLDER, so that a run that was stopped goes on.
 """
 
