@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from depthprune.devices import STARTED_BY, start_fabric
 from depthprune.loading import load, save
 from tests.tiny_models import tiny_model
 
@@ -35,3 +36,12 @@ def test_half_precision_on_a_cpu_made_for_float32(
     assert len(messages) == said
     assert not said or f"in {dtype}" in messages[0]
     assert not said or "set dtype to float32" in messages[0]
+
+
+def test_several_machines_need_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in STARTED_BY:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="start it by srun or torchrun"):
+        start_fabric("cpu", num_nodes=2)
+    with pytest.raises(ValueError, match="num_nodes is 0"):
+        start_fabric("cpu", num_nodes=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import torch
@@ -13,6 +14,9 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from depthprune.anatomy import Anatomy
+
+STARTED_BY = ("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "MASTER_ADDR")
+"""What torchrun, SLURM and whoever starts processes by hand set in the environment."""
 
 
 def start_fabric(accelerator: str, devices: int = 1, strategy: str = "auto", num_nodes: int = 1) -> Fabric:
@@ -30,6 +34,11 @@ def start_fabric(accelerator: str, devices: int = 1, strategy: str = "auto", num
     for name, count in (("devices", devices), ("num_nodes", num_nodes)):
         if count < 1:
             raise ValueError(f"{name} is {count}: ask for 1 or more.")
+    if num_nodes > 1 and not any(name in os.environ for name in STARTED_BY):
+        raise ValueError(
+            f"num_nodes is {num_nodes}, and nothing started this process for several machines: start it by srun or "
+            "torchrun, or leave num_nodes out."
+        )
     chosen: str | ModelParallelStrategy = strategy
     if strategy == "model_parallel":
         chosen = ModelParallelStrategy(

@@ -74,6 +74,39 @@ def test_refusals(workshop: Workshop, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("command", "flags", "sentence"),
+    [
+        ("influence", ("--sequence_length", 1), "sequence_length is 1: set it to 2 or more"),
+        ("influence", ("--batch_size", 0), "batch_size is 0"),
+        ("influence", ("--devices", 0), "devices is 0"),
+        ("influence", ("--metrics", "[magic]"), "Unknown metric 'magic'"),
+        ("influence", ("--kinds", "[layer]"), "Unknown kind of site 'layer'"),
+        ("prune", ("--sites", "[block.99]"), "block.99"),
+        ("prune", ("--sites", "[block.2]", "--replacement", "magic"), "Unknown replacement 'magic'"),
+        ("search", ("--budget", "params<=0.8", "--method", "magic"), "Unknown method of search 'magic'"),
+        ("search", ("--budget", "params<=0.8", "--replacement", "magic"), "Unknown replacement 'magic'"),
+        ("search", ("--budget", "speed<=0.8"), "Unknown resource"),
+    ],
+)
+def test_what_the_command_would_refuse(
+    command: str, flags: tuple[object, ...], sentence: str, workshop: Workshop, tmp_path: Path
+) -> None:
+    start = (command, "--model", workshop.model, "--output", tmp_path / "out", "--text.path", workshop.text)
+    assert sentence in refusal(*start, *flags, "--dry-run", "1e12")
+
+
+def test_a_plan_from_scores(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*influence(workshop, tmp_path / "scores")) == 0
+    capsys.readouterr()
+    start = ("prune", "--model", workshop.model, "--influence", tmp_path / "scores" / "influence.json", "--remove", 2)
+    more = ("--replacement", "emulated_update", "--output", tmp_path / "pruned")
+    assert run(*start, *more, "--dry-run", "1e12") == 0
+    said = capsys.readouterr().out
+    assert "mean updates" in said
+    assert "is not there yet" not in said
+
+
 def test_times() -> None:
     assert [time_text(seconds) for seconds in (0.01, 3, 100, 600, 7200, 200_000)] == [
         "under 0.1 s", "3.0 s", "1.7 min", "10.0 min", "2.0 h", "2.3 days",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from depthprune.anatomy import Anatomy
@@ -12,10 +13,12 @@ from depthprune.influence.attention import ATTENTION_METRICS
 from depthprune.influence.cca_bound import site_groups
 from depthprune.influence.gradient import GRADIENT_METRICS
 from depthprune.influence.static import STATIC_METRICS
+from depthprune.influence.table import InfluenceTable
 from depthprune.prediction.compared import ablate, curve, evaluate, frontier, search, study, tradeoff
 from depthprune.prediction.parts import (
     NO_PLAN,
     fitted_parts,
+    fitting,
     hold_model,
     open_plan,
     read,
@@ -100,7 +103,7 @@ def _offloaded(shape: Shape) -> float:
 
 def prune(work: Work, shape: Shape, settings: Settings) -> None:
     """What stands in the sites is fitted, and what is left is written."""
-    plan = _plan_of_prune(work, settings)
+    plan = _plan_of_prune(work, shape, settings)
     length, sequences = settings["sequence_length"], settings["sequences"]
     names = {removal.replacement for removal in plan.removals} if plan is not None else {settings["replacement"]}
     options: Mapping[str, Any] = settings["options"] or {}
@@ -122,20 +125,27 @@ def prune(work: Work, shape: Shape, settings: Settings) -> None:
     work.disk = (shape.parameters - gone) * shape.dtype.itemsize
 
 
-def _plan_of_prune(work: Work, settings: Settings) -> PruningPlan | None:
+def _plan_of_prune(work: Work, shape: Shape, settings: Settings) -> PruningPlan | None:
     name, options = settings["replacement"] or "none", settings["options"] or {}
     if settings["sites"]:
-        return PruningPlan.of(*settings["sites"], replacement=name, **options)
-    plan = open_plan(settings["plan"])
-    if plan is None and open_plan(settings["influence"]) is None:
+        return fitting(shape, PruningPlan.of(*settings["sites"], replacement=name, **options))
+    table = settings["influence"]
+    if table and Path(table).is_file() and settings["remove"]:
+        kinds = settings["kinds"] or ("block",)
+        plan = InfluenceTable.load(table).plan(
+            settings["metric"] or "cosine", kinds, settings["remove"], name, **options
+        )
+        return fitting(shape, plan)
+    found = open_plan(shape, settings["plan"])
+    if found is None:
         work.left_out.append(NO_PLAN)
-    return plan
+    return found
 
 
 def fit(work: Work, shape: Shape, settings: Settings) -> None:
     """Closed form, training and validations."""
     module, data, trainer = settings["model"], settings["data"], settings["trainer"]
-    plan = open_plan(module["plan"])
+    plan = open_plan(shape, module["plan"])
     if plan is None:
         work.left_out.append(NO_PLAN)
     name = module["replacement"] or (plan.removals[0].replacement if plan is not None else "low_rank_adapter")

@@ -9,6 +9,7 @@ from typing import Any
 from depthprune.anatomy import Anatomy
 from depthprune.prediction.parts import (
     fitted_parts,
+    fitting,
     hold_model,
     lowest_sites,
     measured,
@@ -53,7 +54,7 @@ def evaluate(work: Work, shape: Shape, settings: Mapping[str, Any]) -> None:
     hold_model(work, shape, settings["batch_size"], length)
     measured(work, shape, settings, models)
     for path in variants.values():
-        if str(path).endswith(".json") and (plan := open_plan(path)) is not None:
+        if str(path).endswith(".json") and (plan := open_plan(shape, path)) is not None:
             recovered(work, shape, plan, Rung(plan.removals[0].replacement), settings)
     if health := settings["health"]:
         prompts, prompt, new = models * health.prompts, health.prompt_tokens, health.new_tokens
@@ -184,7 +185,11 @@ def tradeoff(work: Work, shape: Shape, settings: Mapping[str, Any]) -> None:
 def ablate(work: Work, shape: Shape, settings: Mapping[str, Any]) -> None:
     """Every rung on every sample, and measurements; settings that are swept are rungs of their own."""
     named = settings["plan"]
-    plans = [open_plan(named)] if isinstance(named, str) else [PruningPlan.of(*sites) for sites in named.values()]
+    plans: list[PruningPlan | None]
+    if isinstance(named, str):
+        plans = [open_plan(shape, named)]
+    else:
+        plans = [fitting(shape, PruningPlan.of(*sites)) for sites in named.values()]
     samples, length = settings["samples"], settings["sequence_length"]
     rungs = [
         each

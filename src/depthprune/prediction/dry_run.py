@@ -14,12 +14,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from depthprune.influence.registry import METRICS
+from depthprune.names import unknown_name
 from depthprune.prediction.commands import COUNTED
 from depthprune.prediction.rate import Rate, measured_rate
 from depthprune.prediction.shape import Shape, open_shape
 from depthprune.prediction.work import Work
+from depthprune.replacements.registry import REPLACEMENTS
+from depthprune.search.registry import check_search
+from depthprune.sites import check_kinds
 
 FLAG = "--dry-run"
+COUNTS = ("sequence_length", "batch_size", "sequences", "samples", "prompts", "repeats", "devices", "num_nodes")
 MAKES_LATER = ("export", "benchmark")  # commands whose model another command makes
 GIB = 2**30
 
@@ -72,6 +78,7 @@ def predict(command: str, settings: Mapping[str, Any], rate: float | None = None
             f"{name} is not there yet, so its shape is not known: name the model that it will be made from, such as "
             "--model smollm2-135m-instruct-q4, which takes at least as much."
         ) from error
+    _check(settings["data"] if command == "fit" else settings)
     accelerator, devices = _devices(settings["trainer"] if command == "fit" else settings)
     work = Work(devices=devices)
     COUNTED[command](work, shape, settings)
@@ -79,6 +86,29 @@ def predict(command: str, settings: Mapping[str, Any], rate: float | None = None
     speed = _speed(shape, data, accelerator, rate)
     _show(command, shape, work, speed, accelerator, settings)
     return 0
+
+
+def _check(settings: Mapping[str, Any]) -> None:
+    """Refuse numbers and names that the command would refuse later.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name, value in settings.items():
+        least = 2 if name == "sequence_length" else 1
+        is_count = name in COUNTS or name.endswith(("_sequences", "_questions", "_tokens"))
+        if is_count and isinstance(value, int) and value < least:
+            raise ValueError(f"{name} is {value}: set it to {least} or more.")
+    kinds = settings.get("kinds") or ()
+    check_kinds(kinds if not isinstance(kinds, Mapping) else [kind for some in kinds.values() for kind in some])
+    for metric in settings["metrics"] or () if "metrics" in settings else ():
+        if metric not in METRICS:
+            raise unknown_name("metric", metric, METRICS)
+    replacement = settings.get("replacement") or "none"
+    if replacement not in ("none", *REPLACEMENTS):
+        raise unknown_name("replacement", replacement, ["none", *REPLACEMENTS])
+    if "positions" in settings:
+        check_search(settings["method"], settings["positions"], settings["seed"])
 
 
 def _devices(settings: Mapping[str, Any]) -> tuple[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from depthprune.replacements.base import Replacement
 from depthprune.replacements.kept import InKeptLayers
 from depthprune.replacements.registry import REPLACEMENTS, build_replacement, is_fitted
 from depthprune.sites import KINDS, PruningPlan, Site
+from depthprune.surgery import check_plan
 
 ADAM = 16  # bytes of a parameter that is trained: itself, its gradient and two moments, each fp32
 SUMS = 2 * 8 * 3  # bytes of fp64 sums, of two texts, of x'x, x'y and y'y for each pair of directions
@@ -176,9 +178,23 @@ def trained(
     )
 
 
-def open_plan(path: Path | str | None) -> PruningPlan | None:
-    """A plan's file, if it is there."""
-    return PruningPlan.load(path) if path and Path(path).is_file() else None
+def open_plan(shape: Shape, path: Path | str | None) -> PruningPlan | None:
+    """A plan's file, if it is there.
+
+    Raises:
+        ValueError: it is no plan, or one that does not fit the model.
+    """
+    return fitting(shape, PruningPlan.load(path)) if path and Path(path).is_file() else None
+
+
+def fitting(shape: Shape, plan: PruningPlan) -> PruningPlan:
+    """A plan, once it is known to fit a model.
+
+    Raises:
+        ValueError: it does not.
+    """
+    check_plan(shape.model, replace(plan, fingerprint=None))  # which is of weights
+    return plan
 
 
 def plan_of(sites: Sequence[Site]) -> PruningPlan | None:
