@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,9 @@ class BlockProgress:
         """
         self.found |= {name: tensor.cpu().contiguous() for name, tensor in found.items()}
         tensors = {f"streams/{place}": stream.cpu().contiguous() for place, stream in enumerate(streams)}
+        names = [*tensors, *(f"found/{name}" for name in self.found)]
         about = {SETTINGS: self.settings, "done": str(done), "batches": str(len(streams))}
+        about["check"] = _digest(about, names)
         with whole_file(self.path) as partial:
             save_file(tensors | {f"found/{name}": tensor for name, tensor in self.found.items()}, partial, about)
         self.done = done
@@ -92,7 +95,7 @@ class BlockProgress:
         try:
             with safe_open(self.path, framework="pt") as file:
                 about = file.metadata() or {}
-                if about.get(SETTINGS) != self.settings:
+                if about.get(SETTINGS) != self.settings or about.pop("check", None) != _digest(about, file.keys()):
                     return
                 names = [key for key in file.keys() if key.startswith("found/")]  # noqa: SIM118 -- it is no mapping
                 found = {name.removeprefix("found/"): file.get_tensor(name).clone() for name in names}
@@ -100,3 +103,9 @@ class BlockProgress:
                 self.done, self.found, self.streams = int(about["done"]), found, streams
         except (SafetensorError, OSError, KeyError, ValueError):
             return  # damaged: begun anew
+
+
+def _digest(about: Mapping[str, str], names: Iterable[str]) -> str:
+    """What a file says of itself and the names in it, in short: one of them that was changed is noticed."""
+    said = [about.get(name) for name in (SETTINGS, "done", "batches")]
+    return sha256(json.dumps([*said, sorted(names)]).encode()).hexdigest()

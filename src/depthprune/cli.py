@@ -157,6 +157,8 @@ def _without_dry_run(arguments: Sequence[str]) -> tuple[list[str], bool, float |
         ValueError: what follows it is no rate.
     """
     rest, is_there, rate = list(arguments), False, None
+    places = [place for place, part in enumerate(rest) if part.replace("_", "-") == DRY_RUN]
+    rest = [part for place, part in enumerate(rest) if place not in places[1:]]  # once is enough
     for place, part in enumerate(rest):
         name, _, value = part.partition("=")
         if name.replace("_", "-") != DRY_RUN:

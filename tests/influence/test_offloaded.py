@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import depthprune.recovery.carried as carried_room
@@ -143,7 +145,16 @@ def test_a_killed_run_goes_on(after: int, on_disk: bool, tmp_path: Path) -> None
     with OffloadedModel(folder) as offloaded:
         found = estimate_offloaded(offloaded, batches(), METRICS, progress=progress(), spill=spill)
     check_same(found, estimate_influence(tiny_model(), batches(), METRICS))
-    content = (tmp_path / "progress.safetensors").read_bytes()
+    path = tmp_path / "progress.safetensors"
+    with safe_open(path, framework="pt") as file:
+        about, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    fewer = {key: tensor for key, tensor in tensors.items() if not key.endswith("means/sums")}
+    for kept, said in ((tensors, {"done": "99"}), (tensors, {"done": "-1"}), (fewer, {})):
+        save_file(kept, path, about | said)
+        assert progress().done == 0  # begun anew
+    save_file(tensors, path, about)
+    assert progress().done > 0
+    content = path.read_bytes()
     (tmp_path / "progress.safetensors").write_bytes(content[:-9])
     assert progress().done == 0
 

@@ -59,6 +59,20 @@ def test_fit_makes_no_trainer(workshop: Workshop, tmp_path: Path, capsys: pytest
     assert not (tmp_path / "out").exists()
 
 
+def test_what_lightning_scores(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = fit_settings(workshop, tmp_path / "out")
+    path = write_config(tmp_path / "fit.yaml", settings)
+    for command, tokens in (("validate", 3 * 5 * LENGTH), ("test", 2 * 5 * LENGTH)):
+        assert run(command, "--config", path, "--dry-run", "1e12", "--dry-run") == 0
+        assert f"{tokens:,}" in capsys.readouterr().out
+    assert run("fit", "--config", path, "--trainer.max_steps", 0, "--dry-run", "1e12") == 0
+    assert "training" not in capsys.readouterr().out.replace("training:", "")
+    assert run("fit", "--config", path, "--trainer.val_check_interval", "00:00:10:00", "--dry-run", "1e12") == 0
+    assert "Validations by the clock are left out." in capsys.readouterr().out
+    refused = refusal("fit", "--config", path, "--trainer.devices", 0, "--dry-run", "1e12")
+    assert "devices is 0" in refused
+
+
 def test_false_is_no_dry_run(workshop: Workshop, tmp_path: Path) -> None:
     assert run(*influence(workshop, tmp_path / "out"), "--dry-run=false") == 0
     assert (tmp_path / "out" / "influence.json").exists()
@@ -80,6 +94,10 @@ def test_refusals(workshop: Workshop, tmp_path: Path) -> None:
         ("influence", ("--sequence_length", 1), "sequence_length is 1: set it to 2 or more"),
         ("influence", ("--batch_size", 0), "batch_size is 0"),
         ("influence", ("--devices", 0), "devices is 0"),
+        ("influence", ("--num_nodes", -2), "num_nodes is -2"),
+        ("influence", ("--metrics", "[]"), "metrics names nothing"),
+        ("tradeoff", ("--kind", "foo"), "Unknown kind of site 'foo'"),
+        ("search", ("--budget", "params<=0.8", "--batch_size", 0), "batch_size is 0"),
         ("influence", ("--metrics", "[magic]"), "Unknown metric 'magic'"),
         ("influence", ("--kinds", "[layer]"), "Unknown kind of site 'layer'"),
         ("prune", ("--sites", "[block.99]"), "block.99"),

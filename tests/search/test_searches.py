@@ -222,9 +222,23 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     losses_in(tmp_path)([NOTHING], "")
     with pytest.raises(ValueError, match="losses of another search \\(seed differ\\)"):
         VariantLosses(tiny_model(), batches(), {}, {"seed": 1}, tmp_path / "losses.json")
-    (tmp_path / "losses.json").write_text("[]")
-    with pytest.raises(ValueError, match="is damaged"):
-        losses_in(tmp_path)
+    path = tmp_path / "losses.json"
+    content = json.loads(path.read_text())
+    damaged: tuple[Any, ...] = (
+        [],
+        content | {"tokens": [-1.0] * len(content["tokens"])},
+        content | {"tokens": [0] * len(content["tokens"])},
+        content | {"settings": [1]},
+        content | {"nats": {"": [True]}},
+        content | {"nats": {"": "12"}},
+        content | {"nats": {"block.1": [float("nan")]}},
+        content | {"seconds": None},
+        content | {"depthprune_search_losses": 1},
+    )
+    for wrong in damaged:
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match="is damaged"):
+            losses_in(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["influence", "greedy", "beam"])

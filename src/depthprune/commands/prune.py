@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from depthprune.block_progress import BlockProgress
 from depthprune.data.batches import Batches
 from depthprune.data.module import one_text
 from depthprune.data.text import RoleShares, TextSource
-from depthprune.files import check_new_folder, make_folder
+from depthprune.files import check_new_folder, make_folder, only_writer
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import PLAN_FILE, load, load_tokenizer, save
 from depthprune.offload import OffloadedModel
@@ -196,17 +198,19 @@ def _prune_in_files(
         "plan": plan.to_dict()["removals"],
         "tokens": None if text is None else [text.fingerprint, len(text)],
         "dtype": str(offloaded.dtype),
+        "fitting": asdict(fitting),
     }
-    place = make_folder(output.parent) / f".{output.name}.progress.safetensors"
+    place = make_folder(output.parent / f".{output.name}.progress")
     room = None if spill is None else make_folder(spill)
-    progress = BlockProgress(place, settings, room)
-    if done := max(progress.done, progress.part("maps").done):
-        print(f"Going on from {done} blocks that a run before had done.", flush=True)
-    with offloaded:
-        watch = partial(tracked, label="Blocks")
-        prune_offloaded(offloaded, plan, list(text or ()), fitting, watch, progress, room)
-    save_offloaded(offloaded, tokenizer, output, max_shard_size, lambda files: tracked(files, "Writing"))
-    progress.remove()
+    with only_writer(place):
+        progress = BlockProgress(place / "constants.safetensors", settings, room)
+        if done := max(progress.done, progress.part("maps").done):
+            print(f"Going on from {done} blocks that a run before had done.", flush=True)
+        with offloaded:
+            watch = partial(tracked, label="Blocks")
+            prune_offloaded(offloaded, plan, list(text or ()), fitting, watch, progress, room)
+        save_offloaded(offloaded, tokenizer, output, max_shard_size, lambda files: tracked(files, "Writing"))
+        shutil.rmtree(place)
 
 
 FLAGS: dict[str, tuple[str, ...]] = {

@@ -32,6 +32,7 @@ from depthprune.recovery.ladder import Rung
 from depthprune.recovery.objectives import Objective
 from depthprune.sites import PruningPlan
 
+LIMITS = ("limit_train_batches", "limit_val_batches")  # of the Trainer
 Settings = Mapping[str, Any]
 """A command's settings by name."""
 
@@ -159,19 +160,45 @@ def fit(work: Work, shape: Shape, settings: Settings) -> None:
     objective = Objective.of(module["objective"], positions=module["positions"])
     checkpointing = module["gradient_checkpointing"]
     trained(work, shape, plan, rung, sequences, length, batch_size, objective, checkpointing)
-    texts = 2 + len(data["domains"] or {})
     every = trainer["val_check_interval"] or epoch
-    validations = batches / (every if every > 1 or isinstance(every, int) else every * epoch)
-    read(work, shape, "validations", validations * texts * data["evaluation_sequences"], length)
+    if isinstance(every, str):
+        work.left_out.append("Validations by the clock are left out.")
+    else:
+        scored = batches / (every if every > 1 or isinstance(every, int) else every * epoch)
+        read(work, shape, "validations", scored * _texts(data) * data["evaluation_sequences"], length)
+    if any(trainer[name] not in (None, 1.0) for name in LIMITS):
+        work.left_out.append(f"{' and '.join(LIMITS)} are not looked at: it may be less.")
+
+
+def validate(work: Work, shape: Shape, settings: Settings) -> None:
+    """Every text is scored once, under a checkpoint."""
+    data = settings["data"]
+    length = data["sequence_length"]
+    hold_model(work, shape, data["batch_size"], length)
+    read(work, shape, "validation", _texts(data) * data["evaluation_sequences"], length)
+
+
+def test(work: Work, shape: Shape, settings: Settings) -> None:
+    """The test text of every domain is scored once, under a checkpoint."""
+    data = settings["data"]
+    length, sequences = data["sequence_length"], data["test_sequences"] or data["evaluation_sequences"]
+    hold_model(work, shape, data["batch_size"], length)
+    read(work, shape, "test text", (_texts(data) - 1) * sequences, length)
+
+
+def _texts(data: Settings) -> int:
+    """Documents that are trained on, held-out ones of the same text, and the other domains."""
+    return 2 + len(data["domains"] or {})
 
 
 def _batches(trainer: Settings, epoch: float) -> float:
     """How many batches each process trains on."""
     limits = []
-    if (trainer["max_steps"] or -1) > 0:
-        limits.append(trainer["max_steps"] * (trainer["accumulate_grad_batches"] or 1))
-    if (trainer["max_epochs"] or -1) > 0:
-        limits.append(trainer["max_epochs"] * epoch)
+    steps, epochs = trainer["max_steps"], trainer["max_epochs"]
+    if steps is not None and steps >= 0:
+        limits.append(steps * (trainer["accumulate_grad_batches"] or 1))
+    if epochs is not None and epochs >= 0:
+        limits.append(epochs * epoch)
     return min(limits, default=epoch)
 
 
@@ -224,5 +251,7 @@ COUNTED: dict[str, Callable[[Work, Shape, Settings], None]] = {
     "benchmark": benchmark,
     "generate": generate,
     "fit": fit,
+    "validate": validate,
+    "test": test,
 }
 """What is counted, by command."""

@@ -22,7 +22,7 @@ from depthprune.prediction.shape import Shape, open_shape
 from depthprune.prediction.work import Work
 from depthprune.replacements.registry import REPLACEMENTS
 from depthprune.search.registry import check_search
-from depthprune.sites import check_kinds
+from depthprune.sites import KINDS, check_kinds
 
 FLAG = "--dry-run"
 COUNTS = ("sequence_length", "batch_size", "sequences", "samples", "prompts", "repeats", "devices", "num_nodes")
@@ -66,9 +66,10 @@ def predict(command: str, settings: Mapping[str, Any], rate: float | None = None
         raise ValueError(
             f"`depthprune {command}` runs no model, so that there is nothing to predict: leave {FLAG} out."
         )
+    is_lightning = "trainer" in settings
     model = settings["model"]
-    place = model if command == "fit" else settings
-    name = place["base"] if command == "fit" else model
+    place = model if is_lightning else settings
+    name = place["base"] if is_lightning else model
     try:
         shape = open_shape(name, place.get("revision"), place.get("dtype", "auto"))
     except ValueError as error:
@@ -78,11 +79,11 @@ def predict(command: str, settings: Mapping[str, Any], rate: float | None = None
             f"{name} is not there yet, so its shape is not known: name the model that it will be made from, such as "
             "--model smollm2-135m-instruct-q4, which takes at least as much."
         ) from error
-    _check(settings["data"] if command == "fit" else settings)
-    accelerator, devices = _devices(settings["trainer"] if command == "fit" else settings)
+    _check(settings["data"] if is_lightning else settings)
+    accelerator, devices = _devices(settings["trainer"] if is_lightning else settings)
     work = Work(devices=devices)
     COUNTED[command](work, shape, settings)
-    data = settings["data"] if command == "fit" else settings
+    data = settings["data"] if is_lightning else settings
     speed = _speed(shape, data, accelerator, rate)
     _show(command, shape, work, speed, accelerator, settings)
     return 0
@@ -99,7 +100,10 @@ def _check(settings: Mapping[str, Any]) -> None:
         is_count = name in COUNTS or name.endswith(("_sequences", "_questions", "_tokens"))
         if is_count and isinstance(value, int) and value < least:
             raise ValueError(f"{name} is {value}: set it to {least} or more.")
-    kinds = settings.get("kinds") or ()
+    for name in ("metrics", "kinds"):
+        if settings.get(name) is not None and not settings[name]:
+            raise ValueError(f"{name} names nothing: name some, or leave it out.")
+    kinds = settings.get("kinds") or [settings.get("kind", KINDS[0])]
     check_kinds(kinds if not isinstance(kinds, Mapping) else [kind for some in kinds.values() for kind in some])
     for metric in settings["metrics"] or () if "metrics" in settings else ():
         if metric not in METRICS:
@@ -122,7 +126,10 @@ def _devices(settings: Mapping[str, Any]) -> tuple[str, int]:
         count = len([part for part in count.split(",") if part.strip()])
     elif not str(count).isdigit():  # auto and -1: all there are
         count = torch.accelerator.device_count() if accelerator != "cpu" and has_gpu else 1
-    return accelerator, max(1, int(count)) * int(settings.get("num_nodes") or 1)
+    nodes = int(settings.get("num_nodes") or 1)
+    if int(count) < 1 or nodes < 1:
+        raise ValueError(f"devices is {count} and num_nodes {nodes}: set both to 1 or more.")
+    return accelerator, int(count) * nodes
 
 
 def _speed(shape: Shape, data: Mapping[str, Any], accelerator: str, rate: float | None) -> Rate:

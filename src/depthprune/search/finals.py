@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,21 +100,22 @@ def hold_finals(problem: Problem, rung: Rung, data: TextDataModule, count: int =
         f"{rung!r} of {with_calibration(data, half).calibration_dataloader().fingerprint}", {}
     )
     plans = finalists(problem, count)
-    if NOTHING not in known:
-        known[NOTHING] = domain_losses(losses.model, {TEXT: data.score_dataloader()})[TEXT].loss
 
     def measured() -> Iterator[None]:
-        for plan in plans:
+        for plan in (NOTHING, *plans):
             if plan not in known:
+                losses.check_time()
                 start = time.monotonic()
                 sites = rung.plan(PruningPlan.of(*sorted(plan)))
-                with climbed(losses.model, sites, data, rung, Path(), "finals", problem.seed):
+                with (
+                    climbed(losses.model, sites, data, rung, Path(), "finals", problem.seed) if plan else nullcontext()
+                ):
                     known[plan] = domain_losses(losses.model, {TEXT: data.score_dataloader()})[TEXT].loss
+                losses.spent += time.monotonic() - start
                 losses.save()
-                losses.spend(time.monotonic() - start)
             yield
 
-    for _ in losses.watch(measured(), "The best plans, recovered", len(plans)):
+    for _ in losses.watch(measured(), "The best plans, recovered", 1 + len(plans)):
         pass
     finals = [Final(plan, problem.measured[plan], known[plan], known[NOTHING]) for plan in plans]
     return sorted(finals, key=lambda final: (final.recovered, sorted(final.plan)))

@@ -153,6 +153,14 @@ class VariantLosses:
             OutOfTime: there are none left.
         """
         self.spent += seconds
+        self.check_time()
+
+    def check_time(self) -> None:
+        """Stop where the time is over.
+
+        Raises:
+            OutOfTime: it is.
+        """
         if self.seconds is not None and self.spent > self.seconds:
             raise OutOfTime
 
@@ -174,23 +182,41 @@ class VariantLosses:
             return
         content = read_json(self.path, "a search's losses")
         try:
-            is_one = content["depthprune_search_losses"] == MEMORY_VERSION
-            settings, self.spent = content["settings"], float(content["seconds"])
-            self.tokens = list(map(float, content["tokens"]))
-            self.nats = {variant: list(map(float, nats)) for variant, nats in _parsed(content["nats"])}
+            if content["depthprune_search_losses"] != MEMORY_VERSION:
+                raise ValueError("it is of another version")
+            settings, self.spent = dict(content["settings"]), _number(content["seconds"])
+            self.tokens = [_number(count, 1) for count in content["tokens"]]
+            self.nats = {variant: _numbers(nats) for variant, nats in _parsed(content["nats"])}
             for recovery, losses in content["recovered"].items():
-                self.recovered[recovery] = {variant: float(loss) for variant, loss in _parsed(losses)}
+                self.recovered[recovery] = {variant: _number(loss) for variant, loss in _parsed(losses)}
             if any(len(nats) > len(self.tokens) for nats in self.nats.values()):
                 raise ValueError("it has losses of more batches than it has batches")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{self.path} is damaged: remove it.") from error
+            raise ValueError(f"{self.path} is damaged, or of another version: remove it.") from error
         differing = sorted(key for key in self.settings if settings.get(key) != self.settings[key])
-        if differing or not is_one:
+        if differing:
             raise ValueError(
                 f"{self.path} holds losses of another search ({', '.join(differing)} differ): name another output, or "
                 "remove it."
             )
         print(f"Going on from {len(self.nats)} plans that a run before measured in {self.path.parent}.", flush=True)
+
+
+def _number(value: Any, least: float = 0.0) -> float:
+    """A finite number that JSON holds.
+
+    Raises:
+        ValueError: it is none, or lower than it can be.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < float("inf"):
+        raise ValueError(f"{value!r} is no number of at least {least}")
+    return float(value)
+
+
+def _numbers(values: Any) -> list[float]:
+    if not isinstance(values, list):
+        raise ValueError(f"{values!r} is no list of numbers")
+    return [_number(value) for value in values]
 
 
 def _named(by_variant: Mapping[Absent, Any]) -> dict[str, Any]:
