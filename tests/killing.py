@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 from lightning import Callback, LightningModule, Trainer
+from tqdm import tqdm
 
 from depthprune.saved_sums import SavedSums
 
@@ -39,6 +41,17 @@ class StopAt(Callback):
             os.kill(os.getpid(), self.by)
 
 
+def _own_progress_lock() -> None:
+    """Give a child process a lock of progress bars of its own.
+
+    tqdm's is a semaphore that processes share: a child that is killed while it holds it stops all others for good.
+    """
+    bars = [tqdm]
+    for bar in bars:
+        bar._lock = threading.RLock()
+        bars += bar.__subclasses__()
+
+
 def forked(work: Callable[[], int], seconds: float | None = None) -> int:
     """Do something in a child process; its exit code, negative for a signal.
 
@@ -52,6 +65,7 @@ def forked(work: Callable[[], int], seconds: float | None = None) -> int:
     if child == 0:
         code = 70
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+        _own_progress_lock()
         try:
             code = work()
         except BaseException:
