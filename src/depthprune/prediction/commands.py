@@ -17,8 +17,8 @@ from depthprune.influence.table import InfluenceTable
 from depthprune.prediction.compared import ablate, curve, evaluate, frontier, search, study, tradeoff
 from depthprune.prediction.parts import (
     NO_PLAN,
+    checked_plan,
     fitted_parts,
-    fitting,
     hold_model,
     open_plan,
     read,
@@ -129,14 +129,14 @@ def prune(work: Work, shape: Shape, settings: Settings) -> None:
 def _plan_of_prune(work: Work, shape: Shape, settings: Settings) -> PruningPlan | None:
     name, options = settings["replacement"] or "none", settings["options"] or {}
     if settings["sites"]:
-        return fitting(shape, PruningPlan.of(*settings["sites"], replacement=name, **options))
+        return checked_plan(shape, PruningPlan.of(*settings["sites"], replacement=name, **options))
     table = settings["influence"]
     if table and Path(table).is_file() and settings["remove"]:
         kinds = settings["kinds"] or ("block",)
         plan = InfluenceTable.load(table).plan(
             settings["metric"] or "cosine", kinds, settings["remove"], name, **options
         )
-        return fitting(shape, plan)
+        return checked_plan(shape, plan)
     found = open_plan(shape, settings["plan"])
     if found is None:
         work.left_out.append(NO_PLAN)

@@ -8,11 +8,11 @@ from typing import Any
 
 from depthprune.anatomy import Anatomy
 from depthprune.prediction.parts import (
+    checked_plan,
     fitted_parts,
-    fitting,
     hold_model,
-    lowest_sites,
     measured,
+    middle_sites,
     open_plan,
     plan_of,
     read,
@@ -146,7 +146,7 @@ def study(work: Work, shape: Shape, settings: Mapping[str, Any]) -> None:
     read(work, shape, "scoring", settings["score_sequences"], length, head=False)
     constants = Rung("emulated_update")
     for removed in settings["plans"]:
-        plan = plan_of(lowest_sites(shape, removed.kind, removed.remove))
+        plan = plan_of(middle_sites(shape, removed.kind, removed.remove))
         recovered(work, shape, plan, constants, settings)
         if removed.train:
             recovered(work, shape, plan, rung, settings)
@@ -189,7 +189,7 @@ def ablate(work: Work, shape: Shape, settings: Mapping[str, Any]) -> None:
     if isinstance(named, str):
         plans = [open_plan(shape, named)]
     else:
-        plans = [fitting(shape, PruningPlan.of(*sites)) for sites in named.values()]
+        plans = [checked_plan(shape, PruningPlan.of(*sites)) for sites in named.values()]
     samples, length = settings["samples"], settings["sequence_length"]
     rungs = [
         each

@@ -184,10 +184,10 @@ def open_plan(shape: Shape, path: Path | str | None) -> PruningPlan | None:
     Raises:
         ValueError: it is no plan, or one that does not fit the model.
     """
-    return fitting(shape, PruningPlan.load(path)) if path and Path(path).is_file() else None
+    return checked_plan(shape, PruningPlan.load(path)) if path and Path(path).is_file() else None
 
 
-def fitting(shape: Shape, plan: PruningPlan) -> PruningPlan:
+def checked_plan(shape: Shape, plan: PruningPlan) -> PruningPlan:
     """A plan, once it is known to fit a model.
 
     Raises:
@@ -202,7 +202,7 @@ def plan_of(sites: Sequence[Site]) -> PruningPlan | None:
     return PruningPlan.of(*sites) if sites else None
 
 
-def lowest_sites(shape: Shape, kind: str, count: int) -> tuple[Site, ...]:
+def middle_sites(shape: Shape, kind: str, count: int) -> tuple[Site, ...]:
     """So many sites of a kind in the middle of a model, where most metrics find the least influence."""
     sites = Anatomy.of(shape.model).sites((kind,))
     start = max(0, (len(sites) - count) // 2)
