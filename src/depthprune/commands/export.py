@@ -33,6 +33,7 @@ def export(
     shares: RoleShares = RoleShares(),  # noqa: B008 -- frozen
     dtype: str = "auto",
     revision: str | None = None,
+    offload: bool = False,
 ) -> None:
     """Write a pruned model in a form that other engines open.
 
@@ -60,6 +61,8 @@ def export(
         shares: shares of the documents for the four roles.
         dtype: auto (as saved), bfloat16, float16 or float32.
         revision: branch, tag or commit on the hub.
+        offload: leave the weights in their files and have one block at a time in memory, for models larger than it;
+            besides, as much as max_shard_size is in memory while a file is written. Takes longer.
     """
     output = str(check_new_folder(output))
     if push_to_hub is not None:
@@ -69,12 +72,14 @@ def export(
     for name, value in (("sequences", sequences), ("sequence_length", sequence_length)):
         if value < 1:
             raise ValueError(f"{name} is {value}: set it to 1 or more.")
+    if offload and dtype != "auto":
+        raise ValueError("With offload the weights are those in the files, in their own dtype: leave dtype out.")
     causal_lm, tokenizer = load(model, dtype=dtype, revision=revision)
     data = one_text(model, text, sequence_length, sequences, shares, revision, calibration_sequences=sequences)
     proving = "" if format == "gguf" else ", and opening it in a process of its own"
     print(f"Writing {model} as {format}{proving}.", flush=True)
     batch = padded_texts(next(iter(data.calibration_dataloader())))
-    about = export_model(causal_lm, tokenizer, output, batch, format, settings, card)
+    about = export_model(causal_lm, tokenizer, output, batch, format, settings, card, offload)
     for site, key in about["folded"].items():
         print(f"The constant of {site} is in {key}.")
     if about["untied_bytes"]:

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGML_QUANT_SIZES
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from depthprune.anatomy import pruning_record
 from depthprune.export.card import CardData, write_card
 from depthprune.export.formats import Settings, Written, write
+from depthprune.export.gguf_file import WEIGHT_TYPES
 from depthprune.export.proof import TOLERANCE, check_text, prove
 from depthprune.export.table import FORMATS
-from depthprune.files import whole_folder, write_json
+from depthprune.files import check_space, whole_folder, write_json
 from depthprune.head import Batch
 from depthprune.loading import PLAN_FILE
 from depthprune.names import unknown_name
@@ -38,6 +40,7 @@ def export(
     format: str = "plain",
     settings: Settings = DEFAULT,
     card: CardData = NO_DATA,
+    offload: bool = False,
 ) -> dict[str, Any]:
     """Write a pruned model in a form that other engines open, and check in a fresh process that it is the same model.
 
@@ -49,6 +52,8 @@ def export(
         format: a name from :data:`depthprune.export.table.FORMATS`.
         settings: how it is written.
         card: what the model card says beyond what the model itself tells.
+        offload: whether a block's weights are in fp32 only while it runs; those of a model that was opened in its own
+            dtype then stay in its files.
 
     Returns:
         What is written to ``export.json``: the form, where constants went, sizes before and after, and the proof.
@@ -65,17 +70,24 @@ def export(
     plan = PruningPlan.from_dict(record["plan"])
     check_text(model, batch)
     with whole_folder(folder) as partial:
+        check_space(partial.parent, _least_bytes(model, settings.gguf_type))
         written = write(model, tokenizer, partial, format, settings)
         if tokenizer is not None and format != "gguf":
             tokenizer.save_pretrained(partial)
         plan.save(partial / PLAN_FILE)
-        about = _about(model, written, format, record, partial, _proof(model, partial, batch, written))
+        about = _about(model, written, format, record, partial, _proof(model, partial, batch, written, offload))
         write_json(partial / EXPORT_FILE, about)
         write_card(partial, about, record["unpruned"].get("name"), card)
     return about
 
 
-def _proof(model: PreTrainedModel, folder: Path, batch: Batch, written: Written) -> dict[str, Any]:
+def _least_bytes(model: PreTrainedModel, gguf_type: str | None) -> int:
+    """How many bytes a model's weights take at least once they are written."""
+    block, size = GGML_QUANT_SIZES[WEIGHT_TYPES[gguf_type]] if gguf_type in WEIGHT_TYPES else (1, model.dtype.itemsize)
+    return sum(parameter.numel() for parameter in model.parameters()) * size // block
+
+
+def _proof(model: PreTrainedModel, folder: Path, batch: Batch, written: Written, offload: bool) -> dict[str, Any]:
     """What shows that a folder is the model.
 
     Raises:
@@ -83,7 +95,7 @@ def _proof(model: PreTrainedModel, folder: Path, batch: Batch, written: Written)
     """
     if written.proof is not None:
         return written.proof
-    proof = prove(model, folder, batch, written.added)
+    proof = prove(model, folder, batch, written.added, offload)
     if not proof.holds(TOLERANCE if written.is_exact else torch.finfo(model.dtype).eps):
         raise ValueError(
             f"The exported model is not the same as the one in memory: logits differ by up to "

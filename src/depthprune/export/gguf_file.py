@@ -7,6 +7,7 @@ out beside an attention that stays (llama.cpp then skips the whole block), so a 
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,10 +67,14 @@ def write_gguf(made: Draft, tokenizer: PreTrainedTokenizerBase | None, path: Pat
         tokenizer.save_pretrained(place)
         add_tokenizer(writer, Path(place), made.model.config.vocab_size)
     for name, tensor in tensors_of(made):
-        _add_tensor(writer, name, tensor, weight_type)
+        kind = _stored_as(tensor, weight_type)
+        size = gguf.quant_shape_to_byte_shape(tuple(tensor.shape), kind)
+        writer.add_tensor_info(name, size, np.dtype(np.uint8), math.prod(size), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    for _, tensor in tensors_of(made):  # one at a time in memory
+        writer.write_tensor_data(gguf.quantize(tensor.numpy(), _stored_as(tensor, weight_type)))
     writer.close()
 
 
@@ -173,17 +178,10 @@ def _add_config(writer: gguf.GGUFWriter, made: Draft, weight_type: str) -> None:
     writer.add_file_type(FILE_TYPES[weight_type])
 
 
-def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: Tensor, weight_type: str) -> None:
-    kind = WEIGHT_TYPES[weight_type]
-    array = np.ascontiguousarray(tensor.numpy())
-    if array.ndim < 2 or (weight_type == "q8_0" and array.shape[-1] % NARROW):
-        kind = gguf.GGMLQuantizationType.F32
-    if kind is gguf.GGMLQuantizationType.F16:
-        writer.add_tensor(name, array.astype(np.float16))
-    elif kind is gguf.GGMLQuantizationType.F32:
-        writer.add_tensor(name, array)
-    else:
-        writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
+def _stored_as(tensor: Tensor, weight_type: str) -> gguf.GGMLQuantizationType:
+    if tensor.dim() < 2 or (weight_type == "q8_0" and tensor.shape[-1] % NARROW):
+        return gguf.GGMLQuantizationType.F32
+    return WEIGHT_TYPES[weight_type]
 
 
 def _is_attention(module: str) -> bool:

@@ -88,7 +88,9 @@ def check_text(model: PreTrainedModel, batch: Batch) -> None:
         )
 
 
-def prove(model: PreTrainedModel, folder: Path, batch: Batch, added: Mapping[Site, Tensor]) -> Proof:
+def prove(
+    model: PreTrainedModel, folder: Path, batch: Batch, added: Mapping[Site, Tensor], in_turn: bool = False
+) -> Proof:
     """Compare an exported folder with the model that it was made from.
 
     Args:
@@ -96,15 +98,17 @@ def prove(model: PreTrainedModel, folder: Path, batch: Batch, added: Mapping[Sit
         folder: the folder.
         batch: real text, ``input_ids`` and ``attention_mask``, ``(B, T)``, padded on the left.
         added: the constants ``(D,)`` that stand in sites while it is asked: those that the folder has, once rounded.
+        in_turn: whether a block's weights are in fp32 only while it runs.
 
     Raises:
         ValueError: the folder does not open.
     """
     inputs = {name: batch[name].contiguous() for name in ("input_ids", "attention_mask")}
-    with _in_float32(model, added):
+    blocks = Anatomy.of(model).blocks if in_turn else ()
+    with _with_constants(model, added), reopen.in_float32(model, blocks):
         device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         wanted = {name: tensor.cpu() for name, tensor in reopen.behaviour(model, device, NEW_TOKENS).items()}
-    found = _reopened(folder, inputs)
+    found = _reopened(folder, inputs, in_turn)
     counts = inputs["attention_mask"].bool()
     here, there = wanted["logits"][counts], found["logits"][counts]
     alike = (wanted["generated"] == found["generated"]).all(1)
@@ -118,12 +122,13 @@ def prove(model: PreTrainedModel, folder: Path, batch: Batch, added: Mapping[Sit
     )
 
 
-def _reopened(folder: Path, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _reopened(folder: Path, inputs: Mapping[str, Tensor], in_turn: bool) -> dict[str, Tensor]:
     """What the model in a folder does, in a process of its own."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".proof-") as place:
         asked, told = Path(place) / "inputs.safetensors", Path(place) / "outputs.safetensors"
         save_file(dict(inputs), asked)
         command = [sys.executable, "-I", reopen.__file__, str(folder), str(asked), str(told), str(NEW_TOKENS)]
+        command += ["in_turn"] if in_turn else []
         own_cache = {**os.environ, "HF_MODULES_CACHE": place}  # where transformers copies modelling files to
         ended = subprocess.run(command, capture_output=True, text=True, check=False, env=own_cache)
         if ended.returncode:
@@ -133,10 +138,9 @@ def _reopened(folder: Path, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _in_float32(model: PreTrainedModel, added: Mapping[Site, Tensor]) -> Iterator[None]:
-    """A model whose base weights are in fp32, and in which other constants stand, for the length of a block."""
+def _with_constants(model: PreTrainedModel, added: Mapping[Site, Tensor]) -> Iterator[None]:
+    """A model in which other constants stand, for the length of a block."""
     anatomy = Anatomy.of(model)
-    before = [(tensor, tensor.dtype) for name, tensor in model.named_parameters() if ".replacement." not in name]
     constants: list[tuple[Slot, Replacement]] = []
     try:
         for site, constant in added.items():
@@ -147,11 +151,7 @@ def _in_float32(model: PreTrainedModel, added: Mapping[Site, Tensor]) -> Iterato
             constants.append((slot, old))
             slot.replacement = EmulatedUpdate(len(constant)).to(old.mean.device)
             slot.replacement.calibrate(constant)
-        for tensor, _ in before:
-            tensor.data = tensor.data.float()
         yield
     finally:
         for slot, old in constants:
             slot.replacement = old
-        for tensor, own in before:
-            tensor.data = tensor.data.to(own)
