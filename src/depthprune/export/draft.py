@@ -108,11 +108,11 @@ def _add(
     is_exact = True
     for key in dict.fromkeys(folded.values()):
         here = [fold for fold in constants if folded[fold.site] == key]
-        before, constant = state[key].float(), torch.stack([fold.constant for fold in here]).sum(0)
+        before, constant = state[key].double(), torch.stack([fold.constant for fold in here]).double().sum(0)
         state[key] = (before + constant.to(before.device)).to(state[key].dtype)
         if before.dim() == 1:
-            added |= {fold.site: torch.zeros_like(constant) for fold in here}
-            added[here[0].site] = (state[key].float() - before).cpu()
+            added |= {fold.site: torch.zeros_like(fold.constant) for fold in here}
+            added[here[0].site] = (state[key].double() - before).float().cpu()
         else:
             added |= {fold.site: fold.constant for fold in here}
             is_exact &= state[key].dtype == torch.float32
