@@ -92,6 +92,20 @@ class WeightFiles:
                     found[name].copy_(tensor)
         return found
 
+    def mapped(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Tensors as they lie in the files, read only when they are used; in another dtype, copies in memory.
+
+        Args:
+            names: which.
+            dtype: of those that are floating-point numbers.
+        """
+        found: dict[str, Tensor] = {}
+        for name in names:
+            with safe_open(self.files[name], framework="pt") as file:
+                tensor = file.get_tensor(name)
+            found[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        return found
+
     def first_row(self, name: str) -> Tensor:
         """The first row of a tensor, all of one with fewer than two dimensions."""
         with safe_open(self.files[name], framework="pt") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,32 @@ def test_half_precision_is_as_strict(workshop: Workshop, pruned: Path, tmp_path:
     proof = json.loads((tmp_path / "half" / "export.json").read_text())["proof"]
     assert proof["logits_difference"] < 1e-5
     assert proof["generated_alike"] == 1
+
+
+def test_block_by_block_it_is_the_same_export(workshop: Workshop, pruned: Path, tmp_path: Path) -> None:
+    model, tokenizer = dp.load(pruned, dtype="bfloat16")
+    dp.save(model, tokenizer, tmp_path / "half")
+    about = []
+    for offload in ("true", "false"):
+        output = tmp_path / offload
+        assert run(*command(workshop, tmp_path / "half", output, "--offload", offload)) == 0
+        about.append(json.loads((output / "export.json").read_text()))
+    assert about[0]["proof"] == about[1]["proof"]
+    assert about[0]["proof"]["logits_difference"] < 1e-5
+    weights = [(tmp_path / offload / "model.safetensors").read_bytes() for offload in ("true", "false")]
+    assert weights[0] == weights[1]
+    flags = ("--offload", "true", "--dtype", "float32")
+    assert "leave dtype out" in refusal(*command(workshop, tmp_path / "half", tmp_path / "no", *flags))
+
+
+def test_a_disk_without_room_is_refused(
+    workshop: Workshop, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    for more in ((), ("--format", "gguf", "--gguf_type", "q8_0")):
+        assert "has room for 0.00 GB" in refusal(*command(workshop, pruned, tmp_path / "one", *more))
+    assert not list(tmp_path.iterdir())
 
 
 def test_in_shards(workshop: Workshop, pruned: Path, tmp_path: Path) -> None:

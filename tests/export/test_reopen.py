@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_widened_in_turn_compute_as_a_model_in_fp32_does(family: str) -> None:
-    model = tiny_model(family).to(torch.bfloat16)
+    model = tiny_model(family).bfloat16()
     batch = tiny_batch("left")
     whole = copy.deepcopy(model)
     for tensor in [*whole.parameters(), *whole.buffers()]:
@@ -53,7 +53,7 @@ def test_blocks_widened_in_turn_compute_as_a_model_in_fp32_does(family: str) -> 
 
 
 def test_a_block_that_fails_is_narrow_again() -> None:
-    model = tiny_model("llama").to(torch.bfloat16)
+    model = tiny_model("llama").bfloat16()
     blocks = Anatomy.of(model).blocks
 
     def fail(*_: object) -> None:
@@ -68,7 +68,7 @@ def test_a_block_that_fails_is_narrow_again() -> None:
 @pytest.mark.parametrize("format", ["plain", "custom-code"])
 def test_a_folder_asked_block_by_block(format: str, tmp_path: Path) -> None:
     plan = PruningPlan.of("block.2", "block.4", replacement="emulated_update")
-    model = dp.prune(tiny_model("llama").to(torch.bfloat16), plan, calibration())
+    model = dp.prune(tiny_model("llama").bfloat16(), plan, calibration())
     folder = tmp_path / "model"
     folder.mkdir()
     write(model, None, folder, format, Settings())

@@ -62,7 +62,7 @@ def export(
         dtype: auto (as saved), bfloat16, float16 or float32.
         revision: branch, tag or commit on the hub.
         offload: leave the weights in their files and have one block at a time in memory, for models larger than it;
-            besides, as much as max_shard_size is in memory while a file is written. Takes longer.
+            the comparison takes longer.
     """
     output = str(check_new_folder(output))
     if push_to_hub is not None:

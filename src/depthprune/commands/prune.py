@@ -97,8 +97,7 @@ def prune(
             none, emulated_update, additive_bias, low_rank_adapter and linear. What was found is saved block by block.
         spill: with offload, a folder on whose disk the streams of the text are kept, for a text that is larger than
             memory.
-        max_shard_size: with offload, the size at which files of weights are split, and so held in memory; 5GB if not
-            given.
+        max_shard_size: with offload, the size at which files of weights are split; 5GB if not given.
     """
     given = [name for name, value in _sources(influence, sites, plan, checkpoint).items() if value is not None]
     if len(given) != 1:

@@ -106,7 +106,8 @@ def save_offloaded(
         offloaded: the model, after :func:`prune_offloaded`.
         tokenizer: saved beside it, if given.
         folder: a folder that does not exist yet or is empty.
-        max_shard_size: the size at which files of weights are split; so much is in memory at once.
+        max_shard_size: the size at which files of weights are split; so much is in memory at once if the dtype is not
+            that of the files.
         watch: goes through the files and shows how far it is.
 
     Raises:
@@ -129,7 +130,7 @@ def save_offloaded(
         for name in watch(list(shards.filename_to_tensors)):
             keys = shards.filename_to_tensors[name]
             old = {key: stored[key] for key in keys if key in stored}
-            read = offloaded.files.read(old.values(), offloaded.dtype)
+            read = offloaded.files.mapped(old.values(), offloaded.dtype)
             made = {key: read[old[key]] if key in old else state[key].cpu().contiguous() for key in keys}
             save_file(made, partial / name, {"format": "pt"})
         if shards.is_sharded:
