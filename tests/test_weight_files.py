@@ -32,10 +32,24 @@ def test_tensors_are_those_that_were_saved(folder: Path) -> None:
     assert files.dtype() == torch.float32
     half = files.read(list(state)[:2], torch.bfloat16)
     assert all(torch.equal(tensor, state[name].bfloat16()) for name, tensor in half.items())
+    for name, tensor in files.mapped(state, torch.float32).items():
+        assert torch.equal(tensor, state[name])
+    assert files.mapped(list(state)[:1], torch.bfloat16).popitem()[1].dtype is torch.bfloat16
+    assert not files.whole_numbers()
     for name, tensor in state.items():
         assert torch.equal(files.first_row(name), tensor if tensor.dim() < 2 else tensor[0])
     assert "lm_head.weight" in files
     assert "other" not in files
+
+
+def test_changed_files_have_another_stamp(folder: Path) -> None:
+    before = WeightFiles(folder).stamp()
+    assert WeightFiles(folder).stamp() == before
+    path = shards(folder)[1]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert WeightFiles(folder).stamp() != before
 
 
 def test_one_file_needs_no_index(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
+    """The first line of an error's message, and the next where it ends in a colon."""
+    first, *rest = (str(error).strip() or repr(error)).splitlines()
+    return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first
 
 
 def check_filled(name: str | Path, found: dict[str, Any], beyond: Iterable[str]) -> None:

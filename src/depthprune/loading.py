@@ -245,7 +245,8 @@ def config_dict(source: str, revision: str | None) -> dict[str, Any]:
         config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
     except (OSError, HFValidationError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"Cannot load the model {source}: {first_line(error)}") from error
-    if not isinstance(config, dict) or config.get("num_hidden_layers") == 0:
+    blocks = config.get("num_hidden_layers") if isinstance(config, dict) else 0
+    if isinstance(blocks, int) and blocks < 1:
         raise ValueError(f"{source}/config.json describes no model: fetch the model again.")
     return config
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from depthprune.anatomy import IN_FILES, Anatomy, weights_hash
 from depthprune.families import check_supported, refuse_quantised
-from depthprune.filled import check_filled
+from depthprune.filled import check_filled, first_line
 from depthprune.loading import (
     MODEL_TYPE,
     config_dict,
@@ -60,11 +60,12 @@ class OffloadedModel:
     ) -> None:
         chosen = parse_dtype(dtype)
         folder = _plain_folder(name, revision)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        check_supported(config)
         self.files = WeightFiles(folder)
+        with _refusing(name):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        check_supported(config)
         self.dtype = chosen if isinstance(chosen, torch.dtype) else (config.dtype or self.files.dtype())
-        with init_empty_weights(include_buffers=False):
+        with _refusing(name), init_empty_weights(include_buffers=False):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=self.dtype, attn_implementation=attn_implementation
             ).eval()
@@ -201,6 +202,15 @@ class OffloadedModel:
         state, there = self.model.state_dict(), set(self.files.files)
         lacking = sorted(set(state) - there - set(self._stored))
         spare = there - set(state)
+        if whole := sorted(self.files.whole_numbers() & {key for key, _ in self.model.named_parameters()}):
+            raise ValueError(f"{whole[0]} of {name} holds whole numbers: fetch the model again.")
+        for key, other in self.model.all_tied_weights_keys.items():
+            both = self.files.mapped([key, other], self.dtype) if {key, other} <= there else {}
+            if both and not torch.equal(both[key], both[other]):
+                raise ValueError(
+                    f"{key} of {name} is not {other}, which config.json says it is tied to: set tie_word_embeddings "
+                    "to false there."
+                )
         head = f"{_name_of(self.model, self.model.get_output_embeddings())}.weight"
         alike = [key for key in spare if "." in key and self.files.shapes[key] == tuple(state.get(head, ()).shape)]
         if lacking == [head] and len(alike) == 1:  # some families store it under a name of its own
@@ -232,6 +242,15 @@ def _plain_folder(name: str, revision: str | None) -> Path:
     if Path(source).is_dir():
         return Path(source)
     return Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+
+
+@contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Make one sentence of whatever a damaged config makes of transformers."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"Cannot open the model {name}: {first_line(error)}") from error
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:

@@ -106,6 +106,15 @@ class WeightFiles:
             found[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         return found
 
+    def whole_numbers(self) -> set[str]:
+        """The tensors that hold no floating-point numbers, by name."""
+        return {name for name, kind in self._dtypes.items() if not kind.startswith(("F", "BF"))}
+
+    def stamp(self) -> list[tuple[str, int, int]]:
+        """Name, bytes and time of the last change of each file: other ones for weights that were changed."""
+        about = ((path.name, path.stat()) for path in sorted(set(self.files.values())))
+        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in about]
+
     def first_row(self, name: str) -> Tensor:
         """The first row of a tensor, all of one with fewer than two dimensions."""
         with safe_open(self.files[name], framework="pt") as file:

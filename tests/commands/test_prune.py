@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -248,7 +249,8 @@ def test_what_goes_with_offload_alone(workshop: Workshop, tmp_path: Path) -> Non
 def test_a_killed_pruning_block_by_block_goes_on(
     replacement: str, workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments: list[object] = ["prune", "--model", workshop.model, "--sites", "[mlp.1, block.4]", "--offload", "true"]
+    model = shutil.copytree(workshop.model, tmp_path / "model")
+    arguments: list[object] = ["prune", "--model", model, "--sites", "[mlp.1, block.4]", "--offload", "true"]
     arguments += ["--replacement", replacement, "--text.path", workshop.text, "--sequence_length", LENGTH]
     save = BlockProgress.save
 
@@ -267,7 +269,14 @@ def test_a_killed_pruning_block_by_block_goes_on(
     assert run(*arguments, "--output", tmp_path / "again") == 0
     made, again = (load(tmp_path / name)[0].state_dict() for name in ("made", "again"))
     assert all(torch.equal(tensor, again[key]) for key, tensor in made.items())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "made"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "made", "model"]
+    shutil.rmtree(tmp_path / "made")
+    assert forked(work) == -signal.SIGKILL
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())  # as if they were changed meanwhile
+    capsys.readouterr()
+    assert run(*arguments, "--output", tmp_path / "made") == 0
+    assert "Going on" not in capsys.readouterr().out
 
 
 def test_what_does_not_go_block_by_block(workshop: Workshop, tmp_path: Path) -> None:

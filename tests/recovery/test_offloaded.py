@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,40 @@ def test_files_that_do_not_belong_to_the_config_are_refused(tmp_path: Path) -> N
         (tensors | {norm: torch.ones(1)}, "have other shapes in"),
         (tensors | {"model.layers.6.mlp.up_proj.weight": torch.ones(2)}, "beyond what config.json describes"),
         (headless | {"a.foo": torch.ones(3)}, "have no"),
+        (tensors | {norm: torch.ones(32, dtype=torch.int32)}, "holds whole numbers"),
     ):
         save_file(wrong, folder / "model.safetensors", {"format": "pt"})
         with pytest.raises(ValueError, match=sentence):
             OffloadedModel(str(folder))
+
+
+def test_a_head_of_its_own_beside_tied_settings_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tiny_model("gemma2").save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    embeddings = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embeddings.clone()}, folder / "model.safetensors", {"format": "pt"})
+    with OffloadedModel(str(folder)):  # the same twice
+        pass
+    save_file(tensors | {"lm_head.weight": -embeddings}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="set tie_word_embeddings to false"):
+        OffloadedModel(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "sentence"),
+    [
+        ("num_attention_heads", 7, "not a multiple of the number of attention heads"),
+        ("hidden_size", "x", "expected int"),
+        ("hidden_act", "nope", "nope"),
+        ("num_hidden_layers", -1, "describes no model"),
+    ],
+)
+def test_bad_configs_are_refused(setting: str, value: object, sentence: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {setting: value}))
+    for opened in (OffloadedModel, dp.load):
+        with pytest.raises(ValueError, match=sentence):
+            opened(str(folder))

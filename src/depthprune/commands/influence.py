@@ -154,7 +154,9 @@ def influence(
         start = time.monotonic()
         saved: SavedSums | BlockProgress
         if offloaded:
-            saved = BlockProgress(folder / "progress.safetensors", {**settings, "offload": True}, room)
+            saved = BlockProgress(
+                folder / "progress.safetensors", {**settings, "offload": offloaded.files.stamp()}, room
+            )
         else:
             saved = SavedSums(folder / "progress.safetensors", settings, save_every)
         if saved.done and fabric.is_global_zero:

@@ -198,6 +198,7 @@ def _prune_in_files(
         "tokens": None if text is None else [text.fingerprint, len(text)],
         "dtype": str(offloaded.dtype),
         "fitting": asdict(fitting),
+        "files": offloaded.files.stamp(),
     }
     place = make_folder(output.parent / f".{output.name}.progress")
     room = None if spill is None else make_folder(spill)
