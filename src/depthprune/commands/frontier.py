@@ -44,7 +44,7 @@ def frontier(
     tasks: Sequence[str] = (),
     kinds: dict[str, list[str]] = KIND_SETS,
     recoveries: dict[str, Rung] = {"none": Rung(), "refit": Rung("refit")},  # noqa: B006, B008 -- not changed
-    method: str = "beam",
+    method: str = "greedy",
     standing: str | None = None,
     samples: int = 3,
     load_of_latency: Load = Load(1, 128, 32),  # noqa: B008 -- frozen

@@ -52,7 +52,7 @@ def search(
     budget: str,
     output: str,
     text: TextSource = TextSource("xsum"),  # noqa: B008 -- frozen
-    method: str = "beam",
+    method: str = "greedy",
     kinds: Sequence[str] = KINDS,
     replacement: str = "none",
     options: dict[str, Any] | None = None,

@@ -1,4 +1,4 @@
-"""Every search by name, the cheaper first."""
+"""Every search by name."""
 
 from __future__ import annotations
 
