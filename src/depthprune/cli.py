@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from itertools import pairwise
+from pathlib import Path
 
 from depthprune.memory import keep_freed_memory
 
@@ -83,15 +84,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(version("depthprune"))
         return 0
-    if command in LISTS:
-        rest = _with_flag(LISTS[command], rest)
-    elif command in SINGLES and rest and not rest[0].startswith("-"):
-        rest = [SINGLES[command], *rest]
     keep_freed_memory()
     from jsonargparse import ArgumentError
 
     try:
-        rest, is_dry, rate = _without_dry_run(rest)
+        rest, is_dry, rate = _without_dry_run(rest, command in SINGLES)
+        if command in LISTS:
+            rest = _with_flag(LISTS[command], rest)
+        elif command in SINGLES and rest and not rest[0].startswith("-"):
+            rest = [SINGLES[command], *rest]
         if command in LIGHTNING and is_dry:
             from depthprune.prediction.dry_run import predict
 
@@ -150,8 +151,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _without_dry_run(arguments: Sequence[str]) -> tuple[list[str], bool, float | None]:
+def _without_dry_run(arguments: Sequence[str], takes_file: bool = False) -> tuple[list[str], bool, float | None]:
     """The command line without the flag, whether it was there, and the rate that it named.
+
+    Args:
+        arguments: the command line.
+        takes_file: whether a file or folder may follow that needs no flag, and so is no rate.
 
     Raises:
         ValueError: what follows it is no rate.
@@ -164,7 +169,8 @@ def _without_dry_run(arguments: Sequence[str]) -> tuple[list[str], bool, float |
         if name.replace("_", "-") != DRY_RUN:
             continue
         del rest[place]
-        if not value and place < len(rest) and not rest[place].startswith("-"):
+        follows = rest[place] if place < len(rest) else "-"
+        if not value and not follows.startswith("-") and not (takes_file and Path(follows).exists()):
             value = rest.pop(place)
         if value.lower() == "false":
             return rest, False, None

@@ -78,6 +78,11 @@ def test_false_is_no_dry_run(workshop: Workshop, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "influence.json").exists()
 
 
+def test_the_folder_behind_it_is_no_rate(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("benchmark", "--dry-run", workshop.model, "--against", workshop.model) == 0
+    assert "nothing is done now" in capsys.readouterr().out
+
+
 def test_refusals(workshop: Workshop, tmp_path: Path) -> None:
     command = influence(workshop, tmp_path / "out")
     assert "give operations a second" in refusal(*command, "--dry-run", "fast")
@@ -93,6 +98,13 @@ def test_refusals(workshop: Workshop, tmp_path: Path) -> None:
     [
         ("influence", ("--sequence_length", 1), "sequence_length is 1: set it to 2 or more"),
         ("influence", ("--batch_size", 0), "batch_size is 0"),
+        ("influence", ("--task.path", "piqa"), "Score on a text or on a task"),
+        ("influence", ("--offload", "true", "--devices", 2), "leave devices and device_map out"),
+        ("prune", (), "Name the plan's source once"),
+        ("prune", ("--sites", "[block.2]", "--remove", 2), "remove does not go with sites"),
+        ("search", ("--budget", "speed<=0.8"), "speed"),
+        ("search", ("--budget", "params<=0.8", "--minutes", 0), "minutes is 0"),
+        ("frontier", ("--budgets", "[params<=0.8]", "--samples", 0), "samples is 0"),
         ("influence", ("--devices", 0), "devices is 0"),
         ("influence", ("--num_nodes", -2), "num_nodes is -2"),
         ("influence", ("--metrics", "[]"), "metrics names nothing"),

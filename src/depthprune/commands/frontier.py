@@ -97,7 +97,7 @@ def frontier(
         accelerator: as in Lightning: auto, cpu, gpu.
     """
     config = as_data(dict(locals()))
-    _check(config, recoveries)
+    check(config)
     folder = make_folder(output)
     with only_writer(folder):
         content = saved_results(
@@ -142,21 +142,28 @@ def frontier(
         print(f"Wrote {RESULTS}, frontier.html, .md, {len(figures)} figures and the plans to {folder}.")
 
 
-def _check(config: Mapping[str, Any], recoveries: Mapping[str, Rung]) -> None:
-    """Refuse settings that are out of range, before anything is opened."""
-    if not config["budgets"]:
+def check(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that are out of range, before anything is opened.
+
+    Args:
+        settings: of the command, by name.
+
+    Raises:
+        ValueError: one is.
+    """
+    if not settings["budgets"]:
         raise ValueError('There is no budget: name some, such as ["params<=0.9", "params<=0.8"].')
-    for budget in config["budgets"]:
+    for budget in settings["budgets"]:
         Budget.parse(budget)
-    check_search(config["method"], config["positions"], config["seed"])
-    if config["standing"] is not None and config["standing"] not in IN_SITES:
-        raise unknown_name("replacement to compare plans with", config["standing"], IN_SITES)
-    if not config["kinds"] or not recoveries:
+    check_search(settings["method"], settings["positions"], settings["seed"])
+    if settings["standing"] is not None and settings["standing"] not in IN_SITES:
+        raise unknown_name("replacement to compare plans with", settings["standing"], IN_SITES)
+    if not settings["kinds"] or not settings["recoveries"]:
         raise ValueError("kinds and recoveries need one entry each, by name.")
-    for some in config["kinds"].values():
+    for some in settings["kinds"].values():
         check_kinds(some)
         if not some:
             raise ValueError("An entry of kinds is empty: name some of block, attention, mlp.")
     for name in ("samples", "test_questions"):
-        if config[name] < 1:
-            raise ValueError(f"{name} is {config[name]}: set it to 1 or more.")
+        if settings[name] < 1:
+            raise ValueError(f"{name} is {settings[name]}: set it to 1 or more.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -100,13 +100,8 @@ def influence(
             memory.
         save_every: save the sums after so many batches; the same command goes on from there.
     """
-    if (text is None) == (task is None):
-        raise ValueError("Score on a text or on a task: name one of the two, such as --text.path xsum.")
-    if offload:  # before several processes are started
-        room = None if spill is None else make_folder(spill)
-        _check_offload(devices * num_nodes, device_map, run_length, rounds)
-    elif spill is not None:
-        raise ValueError("spill goes with offload, which carries the text block by block: leave it out.")
+    check(dict(locals()))  # before several processes are started
+    room = None if spill is None else make_folder(spill)
     folder = make_folder(output)
     fabric = start_fabric(accelerator, devices, strategy, num_nodes)
     with only_writer(folder) if fabric.is_global_zero else nullcontext():
@@ -213,11 +208,24 @@ def influence(
             print(f"Next: {shlex.join(next_command)}")
 
 
-def _check_offload(devices: int, device_map: str | None, run_length: int, rounds: int) -> None:
-    """Refuse settings that one block at a time cannot do."""
-    if devices != 1 or device_map is not None:
+def check(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that do not go together, before anything is opened.
+
+    Args:
+        settings: of the command, by name.
+
+    Raises:
+        ValueError: some do not.
+    """
+    if (settings["text"] is None) == (settings["task"] is None):
+        raise ValueError("Score on a text or on a task: name one of the two, such as --text.path xsum.")
+    if not settings["offload"]:
+        if settings["spill"] is not None:
+            raise ValueError("spill goes with offload, which carries the text block by block: leave it out.")
+        return
+    if settings["devices"] * settings["num_nodes"] != 1 or settings["device_map"] is not None:
         raise ValueError("With offload one block at a time is on one device: leave devices and device_map out.")
-    if run_length != 1 or rounds:
+    if settings["run_length"] != 1 or settings["rounds"]:
         raise ValueError("With offload one block at a time is looked at: leave run_length and rounds out.")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -99,28 +99,11 @@ def prune(
             memory.
         max_shard_size: with offload, the size at which files of weights are split; 5GB if not given.
     """
-    given = [name for name, value in _sources(influence, sites, plan, checkpoint).items() if value is not None]
-    if len(given) != 1:
-        raise ValueError(
-            f"Name the plan's source once: influence, sites, plan or checkpoint; given: {', '.join(given) or 'none'}."
-        )
-    flags: dict[str, Any] = {"metric": metric, "kinds": kinds, "remove": remove, "carry_blocks": carry_blocks}
-    flags |= {"replacement": replacement, "options": options, "interpolation": interpolation}
-    for flag, value in flags.items():
-        if value is not None and flag not in FLAGS[given[0]]:
-            raise ValueError(
-                f"{flag} does not go with {given[0]}, which has its own or no use for it: leave one of the two out."
-            )
-    for name, value in {"max_shard_size": max_shard_size, "spill": spill}.items():
-        if value is not None and not offload:
-            raise ValueError(f"{name} goes with offload, which holds one block at a time: leave it out.")
-    check_shard_size(max_shard_size or "5GB")
+    check(dict(locals()))
     output = str(check_new_folder(output))
     trained = read_trained(checkpoint) if checkpoint else None
     offloaded = None
     if offload:
-        if trained is not None or device_map is not None:
-            raise ValueError("With offload one block at a time is in memory: leave checkpoint and device_map out.")
         offloaded = OffloadedModel(model, dtype, revision)
         causal_lm, tokenizer = offloaded.model, load_tokenizer(model, revision)
     else:
@@ -130,12 +113,10 @@ def prune(
     elif plan is not None:
         chosen = PruningPlan.load(plan)
     elif influence is not None:
-        if remove is None:
-            raise ValueError("Say how many sites to remove: --remove N.")
+        assert remove is not None
         table = InfluenceTable.load(influence)
         if carry_blocks:
-            if not kinds or len(kinds) != 1:
-                raise ValueError("carry_blocks takes one kind: --kinds [attention] or --kinds [mlp].")
+            assert kinds
             table = table.carried_to(kinds[0])
         chosen = table.plan(
             metric or "cosine", ("block",) if kinds is None else kinds, remove, replacement or "none", **(options or {})
@@ -144,8 +125,6 @@ def prune(
         chosen = PruningPlan.of(*(sites or ()), replacement=replacement or "none", **(options or {}))
         chosen = PruningPlan(chosen.removals, unpruned_fingerprint(causal_lm), {"by": "hand"})
     if share_runs:
-        if trained is not None:
-            raise ValueError("share_runs does not go with checkpoint, whose plan says what is shared: leave it out.")
         chosen = chosen.with_shared_runs()
     if not chosen.sites:
         raise ValueError("The plan removes nothing: name at least one site, such as block.12.")
@@ -179,6 +158,39 @@ def prune(
     parameters = sum(parameter.numel() for parameter in causal_lm.parameters())
     print(f"Wrote the pruned model ({parameters / 1e6:.1f}M parameters) to {output}: open it with {opener}.")
     print(f"Next: {_score_command(output) if was_pruned else _fit_command(model, output)}")
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that do not go together, before anything is opened.
+
+    Args:
+        settings: of the command, by name.
+
+    Raises:
+        ValueError: some do not.
+    """
+    given = [name for name in FLAGS if settings[name] is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"Name the plan's source once: influence, sites, plan or checkpoint; given: {', '.join(given) or 'none'}."
+        )
+    for flag in dict.fromkeys(("metric", "kinds", "remove", "carry_blocks", *FLAGS["sites"], *FLAGS["checkpoint"])):
+        if settings[flag] is not None and flag not in FLAGS[given[0]]:
+            raise ValueError(
+                f"{flag} does not go with {given[0]}, which has its own or no use for it: leave one of the two out."
+            )
+    if given == ["influence"] and settings["remove"] is None:
+        raise ValueError("Say how many sites to remove: --remove N.")
+    if settings["carry_blocks"] and len(settings["kinds"] or ()) != 1:
+        raise ValueError("carry_blocks takes one kind: --kinds [attention] or --kinds [mlp].")
+    for name in ("max_shard_size", "spill"):
+        if settings[name] is not None and not settings["offload"]:
+            raise ValueError(f"{name} goes with offload, which holds one block at a time: leave it out.")
+    check_shard_size(settings["max_shard_size"] or "5GB")
+    if settings["offload"] and (settings["checkpoint"] is not None or settings["device_map"] is not None):
+        raise ValueError("With offload one block at a time is in memory: leave checkpoint and device_map out.")
+    if settings["share_runs"] and settings["checkpoint"] is not None:
+        raise ValueError("share_runs does not go with checkpoint, whose plan says what is shared: leave it out.")
 
 
 def _prune_in_files(
@@ -220,12 +232,6 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "checkpoint": ("interpolation",),
 }
 """What may be said beside each source of a plan."""
-
-
-def _sources(
-    influence: str | None, sites: Sequence[str] | None, plan: str | None, checkpoint: str | None
-) -> dict[str, Any]:
-    return {"influence": influence, "sites": sites, "plan": plan, "checkpoint": checkpoint}
 
 
 def _fit_command(model: str, output: str) -> str:

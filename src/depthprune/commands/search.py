@@ -106,9 +106,8 @@ def search(
         accelerator: as in Lightning: auto, cpu, gpu.
     """
     config = as_data(dict(locals()))
+    check(config)
     limits = Budget.parse(budget)
-    check_search(method, positions, seed)
-    _check(kinds, minutes)
     folder = make_folder(output)
     with only_writer(folder):
         _check_same(folder, config)
@@ -198,8 +197,18 @@ def search(
         print(f"Next: {shlex.join([*command, '--output', 'checkpoints/pruned'])}")
 
 
-def _check(kinds: Sequence[str], minutes: float | None) -> None:
-    """Refuse settings that are out of range."""
+def check(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that are out of range, before anything is opened.
+
+    Args:
+        settings: of the command, by name.
+
+    Raises:
+        ValueError: one is.
+    """
+    Budget.parse(settings["budget"])
+    check_search(settings["method"], settings["positions"], settings["seed"])
+    kinds, minutes = settings["kinds"], settings["minutes"]
     check_kinds(kinds)
     if not kinds or len(set(kinds)) < len(kinds):
         raise ValueError("kinds names what may go, each once: some of block, attention, mlp.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ GIB = 2**30
 
 
 def predicting(name: str, command: Callable[..., int | None], rate: float | None) -> Callable[..., int | None]:
-    """A command that is predicted instead of run, with the same settings.
+    """A command that is predicted instead of run, with the same settings, which its room's ``check`` looks at first.
 
     Args:
         name: its name.
@@ -46,7 +47,10 @@ def predicting(name: str, command: Callable[..., int | None], rate: float | None
 
     @functools.wraps(command)
     def predicted(**settings: Any) -> int | None:
-        return predict(name, defaults | settings, rate)
+        whole = defaults | settings
+        if check := getattr(sys.modules[command.__module__], "check", None):
+            check(whole)
+        return predict(name, whole, rate)
 
     return predicted
 
