@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -274,6 +275,13 @@ def test_a_killed_pruning_block_by_block_goes_on(
     assert forked(work) == -signal.SIGKILL
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes())  # as if they were changed meanwhile
+    capsys.readouterr()
+    assert run(*arguments, "--output", tmp_path / "made") == 0
+    assert "Going on" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "made")
+    assert forked(work) == -signal.SIGKILL
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
     capsys.readouterr()
     assert run(*arguments, "--output", tmp_path / "made") == 0
     assert "Going on" not in capsys.readouterr().out

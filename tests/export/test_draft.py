@@ -113,3 +113,15 @@ def test_half_precision_rounds_constants_as_the_model_does() -> None:
     assert bias.dtype == torch.bfloat16
     slot: Any = pruned.get_submodule("model.layers.2")
     assert torch.equal(bias, slot.replacement.mean.to(torch.bfloat16))
+
+
+def test_a_constant_that_is_too_large_is_refused() -> None:
+    model = dp.prune(
+        tiny_model("llama").half(), PruningPlan.of("block.3", replacement="emulated_update"), calibration()
+    )
+    bias = model.get_parameter("model.layers.2.mlp.down_proj.bias")
+    with torch.no_grad():
+        bias.fill_(65504)
+        model.model.layers[3].replacement.mean.fill_(60000)
+    with pytest.raises(ValueError, match=r"constant of block\.3 is too large for .* in float16: choose the dtype"):
+        draft(model)

@@ -121,6 +121,24 @@ def test_block_by_block_it_is_the_same_export(workshop: Workshop, pruned: Path, 
     assert "leave dtype out" in refusal(*command(workshop, tmp_path / "half", tmp_path / "no", *flags))
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_buffers_that_are_rounded_in_half_precision(family: str, tmp_path: Path) -> None:
+    plan = PruningPlan.of("block.2")
+    tiny_model(family).bfloat16().save_pretrained(tmp_path / "unpruned")
+    model = dp.prune(AutoModelForCausalLM.from_pretrained(tmp_path / "unpruned").eval(), plan)
+    for offload in (False, True):
+        about = folders.export(model, None, tmp_path / str(offload), tiny_batch("left"), offload=offload)
+        assert about["proof"]["logits_difference"] < 1e-5
+
+
+def test_logits_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    model = dp.prune(tiny_model(), PruningPlan.of("block.2"))
+    model.get_parameter("model.norm.weight").data[0] = float("nan")
+    with pytest.raises(ValueError, match="logits are not finite: check its weights"):
+        folders.export(model, None, tmp_path / "made", tiny_batch("left"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_disk_without_room_is_refused(
     workshop: Workshop, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
@@ -76,6 +77,18 @@ def test_a_wrong_file_is_seen(tmp_path: Path, tiny_tokenizer: Any) -> None:
     assert largest_difference(tmp_path / "m.gguf", made) > 0.01
     with pytest.raises(ValueError, match="missing or of another shape"):
         largest_difference(tmp_path / "m.gguf", drafted("block.3", hidden_size=64))
+
+
+@pytest.mark.parametrize(("kind", "value"), [("f32", float("nan")), ("q8_0", 1e8), ("f16", 1e6)])
+def test_what_is_not_finite_in_the_file_is_refused(
+    kind: str, value: float, tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    made = drafted("block.3")
+    made.model.get_parameter("model.layers.1.mlp.up_proj.weight").data[0, 0] = value
+    with np.errstate(all="ignore"):
+        write_gguf(made, tiny_tokenizer, tmp_path / "m.gguf", kind)
+        with pytest.raises(ValueError, match=r"blk.1.ffn_up.weight would not be finite"):
+            largest_difference(tmp_path / "m.gguf", made)
 
 
 def test_frequencies_of_llama3(tmp_path: Path, tiny_tokenizer: Any) -> None:

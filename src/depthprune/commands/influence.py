@@ -143,6 +143,7 @@ def influence(
             "rounds": rounds,
             "tokens": loader.fingerprint,
             "weights": unpruned_fingerprint(causal_lm).weights,
+            "config": causal_lm.config.to_json_string(),
             "dtype": str(causal_lm.dtype),
             "attention": causal_lm.config._attn_implementation,
         }

@@ -206,6 +206,7 @@ def _prune_in_files(
     """Prune a model whose blocks stay in their files, and write it; a killed run goes on with the same command."""
     settings = {
         "weights": unpruned_fingerprint(offloaded.model).weights,
+        "config": offloaded.model.config.to_json_string(),
         "plan": plan.to_dict()["removals"],
         "tokens": None if text is None else [text.fingerprint, len(text)],
         "dtype": str(offloaded.dtype),

@@ -103,13 +103,23 @@ def _is_heard(module: nn.Module) -> bool:
 def _add(
     state: dict[str, Tensor], constants: Sequence[Fold], folded: Mapping[Site, str]
 ) -> tuple[dict[Site, Tensor], bool]:
-    """Add constants to weights, rounded once however many go into one (see :class:`Draft` for what is returned)."""
+    """Add constants to weights, rounded once however many go into one (see :class:`Draft` for what is returned).
+
+    Raises:
+        ValueError: the sum is too large for the dtype.
+    """
     added: dict[Site, Tensor] = {}
     is_exact = True
     for key in dict.fromkeys(folded.values()):
         here = [fold for fold in constants if folded[fold.site] == key]
         before, constant = state[key].double(), torch.stack([fold.constant for fold in here]).double().sum(0)
         state[key] = (before + constant.to(before.device)).to(state[key].dtype)
+        if before.isfinite().all() and not state[key].isfinite().all():
+            kind = str(state[key].dtype).removeprefix("torch.")
+            raise ValueError(
+                f"The constant of {here[0].site} is too large for {key} in {kind}: choose the dtype bfloat16 or "
+                "float32."
+            )
         if before.dim() == 1:
             added |= {fold.site: torch.zeros_like(fold.constant) for fold in here}
             added[here[0].site] = (state[key].double() - before).float().cpu()

@@ -112,8 +112,8 @@ def _gguf(made: Draft, tokenizer: PreTrainedTokenizerBase | None, path: Path, gg
     difference = largest_difference(path, made)
     if difference > ROUNDING[gguf_type]:
         raise ValueError(
-            f"The GGUF file does not hold the model's weights: they differ by up to {difference:.2g} of a tensor's "
-            "largest. Nothing is kept; please report it with the plan."
+            f"The model's weights cannot be stored as {gguf_type}: they would differ by up to {difference:.2g} of a "
+            "tensor's largest. Choose another gguf_type, such as f32."
         )
     count = sum(tensor.numel() for _, tensor in tensors_of(made))
     proof = {"kind": "structure", "weights_difference": difference}

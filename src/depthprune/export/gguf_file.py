@@ -109,7 +109,7 @@ def largest_difference(path: Path, made: Draft) -> float:
     """How far the tensors of a file are from those that were to be written, over the largest value of each tensor.
 
     Raises:
-        ValueError: a tensor is missing, one too many, or of another shape.
+        ValueError: a tensor is missing, one too many, of another shape, or not finite.
     """
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     worst = 0.0
@@ -118,6 +118,11 @@ def largest_difference(path: Path, made: Draft) -> float:
         values = None if tensor is None else gguf.dequantize(tensor.data, tensor.tensor_type)
         if values is None or values.shape != tuple(wanted.shape):
             raise ValueError(f"{path} is damaged: {name} is missing or of another shape. Export it anew.")
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"{name} would not be finite in the GGUF file: check the model's weights, or choose another gguf_type, "
+                "such as f32."
+            )
         size = float(wanted.abs().max())
         if size:
             worst = max(worst, float(np.abs(values - wanted.numpy()).max()) / size)

@@ -101,13 +101,15 @@ def prove(
         in_turn: whether a block's weights are in fp32 only while it runs.
 
     Raises:
-        ValueError: the folder does not open.
+        ValueError: the folder does not open, or the model's logits are not finite.
     """
     inputs = {name: batch[name].contiguous() for name in ("input_ids", "attention_mask")}
     blocks = Anatomy.of(model).blocks if in_turn else ()
     with _with_constants(model, added), reopen.in_float32(model, blocks):
         device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         wanted = {name: tensor.cpu() for name, tensor in reopen.behaviour(model, device, NEW_TOKENS).items()}
+    if not wanted["logits"][inputs["attention_mask"].bool()].isfinite().all():
+        raise ValueError("The model's logits are not finite: check its weights, and what stands in its sites.")
     found = _reopened(folder, inputs, in_turn)
     counts = inputs["attention_mask"].bool()
     here, there = wanted["logits"][counts], found["logits"][counts]

@@ -27,8 +27,8 @@ def main(folder: str, inputs: str, outputs: str, new_tokens: str, *in_turn: str)
         in_turn: if there is anything, weights stay in the folder's files, and a block's are in fp32 while it runs.
     """
     has_code = any(Path(folder).glob("*.py"))
-    dtype: Any = "auto" if in_turn else torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=has_code).eval()
+    # in the folder's own dtype first, which some families round buffers to when they are made
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=has_code).eval()
     blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
     with in_float32(model, blocks if in_turn else ()):
         save_file(behaviour(model, load_file(inputs), int(new_tokens)), outputs)
