@@ -269,7 +269,7 @@ def _load_pruned(
         check_record(model, f"{folder}/config.json")
         state = _read_weights(folder)
         if whole := sorted(key for key, tensor in state.items() if not tensor.is_floating_point()):
-            raise ValueError(f"{folder} is damaged: {whole[0]} holds whole numbers. Save the model anew.")
+            raise ValueError(f"{folder} is damaged: {whole[0]} holds no floating-point numbers. Save the model anew.")
         tied = set(model.all_tied_weights_keys)
         cast = {key: tensor if ".replacement." in key else tensor.to(model.dtype) for key, tensor in state.items()}
         missing, unexpected = model.load_state_dict(cast, strict=False, assign=True)

@@ -203,7 +203,7 @@ class OffloadedModel:
         lacking = sorted(set(state) - there - set(self._stored))
         spare = there - set(state)
         if whole := sorted(self.files.whole_numbers() & {key for key, _ in self.model.named_parameters()}):
-            raise ValueError(f"{whole[0]} of {name} holds whole numbers: fetch the model again.")
+            raise ValueError(f"{whole[0]} of {name} holds no floating-point numbers: fetch the model again.")
         for key, other in self.model.all_tied_weights_keys.items():
             both = self.files.mapped([key, other], self.dtype) if {key, other} <= there else {}
             if both and not torch.equal(both[key], both[other]):

@@ -287,6 +287,20 @@ def test_a_killed_pruning_block_by_block_goes_on(
     assert "Going on" not in capsys.readouterr().out
 
 
+def test_nothing_of_a_pruning_block_by_block_stays(workshop: Workshop, tmp_path: Path) -> None:
+    left = tmp_path / ".made.progress"
+    left.mkdir()
+    (left / "constants.safetensors").write_bytes(b"of a run that was killed and is not gone on with")
+    assert run(*command(workshop, tmp_path / "made", "--sites", "[block.2]")) == 0
+    assert not left.exists()
+    (tmp_path / "file").touch()
+    more = ("--sites", "[block.2]", "--offload", "true", "--replacement", "emulated_update")
+    assert "file" in refusal(*command(workshop, tmp_path / "again", *more, "--spill", tmp_path / "file"))
+    with patch("depthprune.block_progress.check_space", side_effect=ValueError("no room")):
+        assert "no room" in refusal(*command(workshop, tmp_path / "again", *more))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "made"]
+
+
 def test_what_does_not_go_block_by_block(workshop: Workshop, tmp_path: Path) -> None:
     arguments = ["prune", "--model", workshop.model, "--sites", "[block.4]", "--offload", "true", "--output", tmp_path]
     assert "leave checkpoint and device_map out" in refusal(*arguments, "--device_map", "cpu")

@@ -117,6 +117,15 @@ def test_refusals(workshop: Workshop, tmp_path: Path) -> None:
         ("search", ("--budget", "params<=0.8", "--method", "magic"), "Unknown method of search 'magic'"),
         ("search", ("--budget", "params<=0.8", "--replacement", "magic"), "Unknown replacement 'magic'"),
         ("search", ("--budget", "speed<=0.8"), "Unknown resource"),
+        ("influence", ("--metrics", "[block_deletion]", "--offload", "true"), "one block at a time"),
+        ("export", ("--format", "magic"), "Unknown format of an export 'magic'"),
+        ("export", ("--gguf_type", "f16"), "gguf_type is for GGUF files"),
+        ("export", ("--format", "gguf", "--gguf_type", "q2"), "Unknown type of weights in a GGUF file 'q2'"),
+        ("export", ("--format", "custom-code", "--untie", "true"), "which custom-code does not need"),
+        ("export", ("--max_shard_size", "huge"), "huge"),
+        ("export", ("--push_to_hub", "a/b/c"), "a/b/c"),
+        ("export", ("--sequences", 0), "sequences is 0"),
+        ("export", ("--offload", "true", "--dtype", "float32"), "leave dtype out"),
     ],
 )
 def test_what_the_command_would_refuse(
@@ -124,6 +133,25 @@ def test_what_the_command_would_refuse(
 ) -> None:
     start = (command, "--model", workshop.model, "--output", tmp_path / "out", "--text.path", workshop.text)
     assert sentence in refusal(*start, *flags, "--dry-run", "1e12")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--repeats", 0), "repeats is 0"),
+        (("--batch_sizes", "[]"), "need a number each"),
+        (("--new_tokens", 0), "new_tokens is 0"),
+    ],
+)
+def test_what_a_benchmark_would_refuse(flags: tuple[object, ...], sentence: str, workshop: Workshop) -> None:
+    start = ("benchmark", workshop.model, "--against", workshop.model)
+    assert sentence in refusal(*start, *flags, "--dry-run", "1e12")
+
+
+def test_prompts_longer_than_a_model_can_read(tmp_path: Path) -> None:
+    tiny_model("gpt2").config.save_pretrained(tmp_path)
+    start = ("benchmark", tmp_path, "--against", tmp_path, "--prompt_tokens", "[100000]")
+    assert "positions that gpt2 has: set less" in refusal(*start, "--dry-run", "1e12")
 
 
 def test_a_plan_from_scores(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

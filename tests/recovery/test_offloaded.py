@@ -173,7 +173,7 @@ def test_files_that_do_not_belong_to_the_config_are_refused(tmp_path: Path) -> N
         (tensors | {norm: torch.ones(1)}, "have other shapes in"),
         (tensors | {"model.layers.6.mlp.up_proj.weight": torch.ones(2)}, "beyond what config.json describes"),
         (headless | {"a.foo": torch.ones(3)}, "have no"),
-        (tensors | {norm: torch.ones(32, dtype=torch.int32)}, "holds whole numbers"),
+        (tensors | {norm: torch.ones(32, dtype=torch.int32)}, "holds no floating-point numbers"),
     ):
         save_file(wrong, folder / "model.safetensors", {"format": "pt"})
         with pytest.raises(ValueError, match=sentence):

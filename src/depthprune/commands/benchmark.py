@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -61,11 +62,8 @@ def benchmark(
         trust_remote_code: run the modelling file of a folder, as exports in the format custom-code have one.
     """
     config = as_data(dict(locals()))
-    if not 1 <= repeats <= MOST_REPEATS:
-        raise ValueError(f"repeats is {repeats}: set it to 1 to {MOST_REPEATS}.")
-    if not batch_sizes or not prompt_tokens:
-        raise ValueError("batch_sizes and prompt_tokens need a number each.")
-    loads = [Load(*pair, new_tokens) for pair in product(batch_sizes, prompt_tokens)]
+    check(config)
+    loads = _loads(config)
     folder = None if output is None else make_folder(output)
     device = start_fabric(accelerator).device
     models = {}
@@ -107,6 +105,28 @@ def benchmark(
         write_figure(benchmark_figure(content), folder / "benchmark.png")
         write_page(folder / "benchmark.md", benchmark_report(content), content)
         print(f"Wrote benchmark.html, .md, .json and .png to {folder}.")
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that are out of range, before anything is opened.
+
+    Args:
+        settings: of the command, by name.
+
+    Raises:
+        ValueError: one is.
+    """
+    if not 1 <= settings["repeats"] <= MOST_REPEATS:
+        raise ValueError(f"repeats is {settings['repeats']}: set it to 1 to {MOST_REPEATS}.")
+    if not settings["batch_sizes"] or not settings["prompt_tokens"]:
+        raise ValueError("batch_sizes and prompt_tokens need a number each.")
+    _loads(settings)
+    parse_dtype(settings["dtype"])
+
+
+def _loads(settings: Mapping[str, Any]) -> list[Load]:
+    pairs = product(settings["batch_sizes"], settings["prompt_tokens"])
+    return [Load(*pair, settings["new_tokens"]) for pair in pairs]
 
 
 def _opened(name: str, dtype: str, attn_implementation: str | None, trust_remote_code: bool) -> PreTrainedModel:

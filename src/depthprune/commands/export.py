@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from depthprune.data.module import one_text
 from depthprune.data.text import RoleShares, TextSource
 from depthprune.export.card import CARD, CardData, check_repository, push
 from depthprune.export.folder import EXPORT_FILE
 from depthprune.export.folder import export as export_model
-from depthprune.export.formats import Settings
+from depthprune.export.formats import Settings, check_settings
 from depthprune.export.texts import padded_texts
 from depthprune.files import check_new_folder, read_json
-from depthprune.loading import load
+from depthprune.loading import load, parse_dtype
 
 
 def export(
@@ -64,16 +66,10 @@ def export(
         offload: leave the weights in their files and have one block at a time in memory, for models larger than it;
             the comparison takes longer.
     """
+    check(dict(locals()))
     output = str(check_new_folder(output))
-    if push_to_hub is not None:
-        check_repository(push_to_hub)
     settings = Settings(as_llama, untie, max_shard_size, gguf_type)
     card = CardData(license, None if evaluation is None else read_json(evaluation, "an evaluation's results") or {})
-    for name, value in (("sequences", sequences), ("sequence_length", sequence_length)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}: set it to 1 or more.")
-    if offload and dtype != "auto":
-        raise ValueError("With offload the weights are those in the files, in their own dtype: leave dtype out.")
     causal_lm, tokenizer = load(model, dtype=dtype, revision=revision)
     data = one_text(model, text, sequence_length, sequences, shares, revision, calibration_sequences=sequences)
     proving = "" if format == "gguf" else ", and opening it in a process of its own"
@@ -100,3 +96,24 @@ def export(
     print(f"Wrote {output}: {EXPORT_FILE} has the figures, and {CARD} says how to open it.")
     if push_to_hub is not None:
         print(f"Uploaded it to {push(Path(output), push_to_hub, private)}.")
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that are out of range or do not go together, before anything is opened.
+
+    Args:
+        settings: of the command, by name.
+
+    Raises:
+        ValueError: some are.
+    """
+    if settings["push_to_hub"] is not None:
+        check_repository(settings["push_to_hub"])
+    how = Settings(settings["as_llama"], settings["untie"], settings["max_shard_size"], settings["gguf_type"])
+    check_settings(settings["format"], how)
+    for name in ("sequences", "sequence_length"):
+        if settings[name] < 1:
+            raise ValueError(f"{name} is {settings[name]}: set it to 1 or more.")
+    parse_dtype(settings["dtype"])
+    if settings["offload"] and settings["dtype"] != "auto":
+        raise ValueError("With offload the weights are those in the files, in their own dtype: leave dtype out.")

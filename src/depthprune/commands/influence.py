@@ -27,7 +27,7 @@ from depthprune.influence.ablation import Sampling
 from depthprune.influence.agreement import agreement
 from depthprune.influence.estimate import estimate_influence
 from depthprune.influence.figures import agreement_figure, influence_figure
-from depthprune.influence.offloaded import estimate_offloaded
+from depthprune.influence.offloaded import check_offloaded, estimate_offloaded
 from depthprune.influence.registry import DEFAULT_METRICS
 from depthprune.influence.table import InfluenceTable
 from depthprune.loading import load, load_tokenizer
@@ -228,6 +228,7 @@ def check(settings: Mapping[str, Any]) -> None:
         raise ValueError("With offload one block at a time is on one device: leave devices and device_map out.")
     if settings["run_length"] != 1 or settings["rounds"]:
         raise ValueError("With offload one block at a time is looked at: leave run_length and rounds out.")
+    check_offloaded(settings["metrics"])
 
 
 def write_influence(table: InfluenceTable, folder: Path) -> dict[str, str]:

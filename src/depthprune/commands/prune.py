@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -151,6 +152,7 @@ def prune(
             _prune_in_files(offloaded, tokenizer, chosen, loader, fitting, Path(output), max_shard_size or "5GB", spill)
     if offloaded is None:
         save(causal_lm, tokenizer, output)
+        shutil.rmtree(_progress_of(Path(output)), ignore_errors=True)  # of a run with offload that was not gone on with
     record = pruning_record(causal_lm)
     assert record is not None
     is_plain = PruningPlan.from_dict(record["plan"]).is_plain
@@ -213,9 +215,9 @@ def _prune_in_files(
         "fitting": asdict(fitting),
         "files": offloaded.files.stamp(),
     }
-    place = make_folder(output.parent / f".{output.name}.progress")
     room = None if spill is None else make_folder(spill)
-    with only_writer(place):
+    place = make_folder(_progress_of(output))
+    with only_writer(place), _kept_if(place, "constants.*"):
         progress = BlockProgress(place / "constants.safetensors", settings, room)
         if done := max(progress.done, progress.part("maps").done):
             print(f"Going on from {done} blocks that a run before had done.", flush=True)
@@ -223,7 +225,22 @@ def _prune_in_files(
             watch = partial(tracked, label="Blocks")
             prune_offloaded(offloaded, plan, list(text or ()), fitting, watch, progress, room)
         save_offloaded(offloaded, tokenizer, output, max_shard_size, lambda files: tracked(files, "Writing"))
-        shutil.rmtree(place)
+        progress.remove()
+
+
+def _progress_of(output: Path) -> Path:
+    """Where a pruning block by block keeps what it has found so far."""
+    return output.parent / f".{output.name}.progress"
+
+
+@contextmanager
+def _kept_if(folder: Path, pattern: str) -> Iterator[None]:
+    """Remove a folder behind the block, also when it fails, unless files in it match."""
+    try:
+        yield
+    finally:
+        if not any(folder.glob(pattern)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 FLAGS: dict[str, tuple[str, ...]] = {

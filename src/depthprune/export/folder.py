@@ -12,14 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from depthprune.anatomy import pruning_record
 from depthprune.export.card import CardData, write_card
-from depthprune.export.formats import Settings, Written, write
+from depthprune.export.formats import Settings, Written, check_settings, write
 from depthprune.export.gguf_file import WEIGHT_TYPES
 from depthprune.export.proof import TOLERANCE, check_text, prove
-from depthprune.export.table import FORMATS
 from depthprune.files import check_space, whole_folder, write_json
 from depthprune.head import Batch
 from depthprune.loading import PLAN_FILE
-from depthprune.names import unknown_name
 from depthprune.origin import origin
 from depthprune.sites import PruningPlan
 from depthprune.surgery import open_slots
@@ -62,8 +60,7 @@ def export(
         ValueError: the model has no such form, the text does not suit it, or the written one is not the same; then
             nothing is kept.
     """
-    if format not in FORMATS:
-        raise unknown_name("format of an export", format, FORMATS)
+    check_settings(format, settings)
     record = pruning_record(model)
     if record is None or open_slots(model):
         raise ValueError("Nothing was removed from the model for good: make a pruned one with `depthprune prune`.")

@@ -14,11 +14,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from depthprune.anatomy import Anatomy
 from depthprune.export.custom_code import write_custom_code
 from depthprune.export.draft import Draft, draft
-from depthprune.export.gguf_file import GGUF, ROUNDING, attentions, largest_difference, tensors_of, write_gguf
+from depthprune.export.gguf_file import (
+    GGUF,
+    ROUNDING,
+    attentions,
+    check_weight_type,
+    largest_difference,
+    tensors_of,
+    write_gguf,
+)
 from depthprune.export.llama import check_llama
 from depthprune.export.nemotron_nas import write_nemotron_nas
-from depthprune.export.table import LLAMA_FORMATS
+from depthprune.export.table import FORMATS, LLAMA_FORMATS
 from depthprune.families import CUSTOM_CODE_PREFIX
+from depthprune.names import unknown_name
 from depthprune.sites import Site
 from depthprune.weight_files import check_shard_size
 
@@ -69,6 +78,28 @@ class Written:
     attentions: int | None = None
 
 
+def check_settings(format: str, settings: Settings) -> None:
+    """Refuse settings that do not go with a format.
+
+    Args:
+        format: a name from :data:`depthprune.export.table.FORMATS`.
+        settings: how it is to be written.
+
+    Raises:
+        ValueError: there is no such format or type of a GGUF file, or the settings are for another format.
+    """
+    if format not in FORMATS:
+        raise unknown_name("format of an export", format, FORMATS)
+    if settings.gguf_type is not None:
+        if format != "gguf":
+            raise ValueError(f"gguf_type is for GGUF files, and the format is {format}: leave it out, or choose gguf.")
+        check_weight_type(settings.gguf_type)
+    if format == "custom-code" and (settings.as_llama or settings.untie):
+        raise ValueError(
+            "as_llama and untie are for constants that are folded, which custom-code does not need: leave them out."
+        )
+
+
 def write(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, format: str, settings: Settings
 ) -> Written:
@@ -84,14 +115,9 @@ def write(
     Raises:
         ValueError: the model has no such form.
     """
+    check_settings(format, settings)
     family = Anatomy.of(model).family
-    if format != "gguf" and settings.gguf_type is not None:
-        raise ValueError(f"gguf_type is for GGUF files, and the format is {format}: leave it out, or choose gguf.")
     if format == "custom-code":
-        if settings.as_llama or settings.untie:
-            raise ValueError(
-                "as_llama and untie are for constants that are folded, which custom-code does not need: leave them out."
-            )
         count = write_custom_code(model, folder, settings.max_shard_size)
         return Written(CUSTOM_CODE_PREFIX + model.config.model_type, count)
     if format in LLAMA_FORMATS:

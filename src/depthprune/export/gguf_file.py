@@ -44,6 +44,19 @@ ROUNDING = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 127}
 NARROW = 32  # of a row of q8_0
 
 
+def check_weight_type(name: str) -> None:
+    """Refuse a type that matrices cannot be stored as.
+
+    Args:
+        name: of the type.
+
+    Raises:
+        ValueError: it is none of :data:`WEIGHT_TYPES`.
+    """
+    if name not in WEIGHT_TYPES:
+        raise unknown_name("type of weights in a GGUF file", name, WEIGHT_TYPES)
+
+
 def write_gguf(made: Draft, tokenizer: PreTrainedTokenizerBase | None, path: Path, weight_type: str) -> None:
     """Write a draft of a llama, its removed halves left out.
 
@@ -56,8 +69,7 @@ def write_gguf(made: Draft, tokenizer: PreTrainedTokenizerBase | None, path: Pat
     Raises:
         ValueError: llama.cpp cannot run such a model, or the tokenizer cannot be written.
     """
-    if weight_type not in WEIGHT_TYPES:
-        raise unknown_name("type of weights in a GGUF file", weight_type, WEIGHT_TYPES)
+    check_weight_type(weight_type)
     if tokenizer is None:
         raise ValueError("A GGUF file has the tokenizer in it: give one.")
     _check(made)

@@ -26,6 +26,22 @@ OFFLOADED_METRICS = (*STATIC_METRICS, *BASELINES)
 """Metrics that look at one block at a time."""
 
 
+def check_offloaded(metrics: Sequence[str]) -> None:
+    """Refuse metrics that cannot be had with one block in memory at a time.
+
+    Args:
+        metrics: their names.
+
+    Raises:
+        ValueError: one needs more than a block, or none is of the text.
+    """
+    for name in metrics:
+        if name not in OFFLOADED_METRICS:
+            raise unknown_name("metric that looks at one block at a time", name, OFFLOADED_METRICS)
+    if not any(name in STATIC_METRICS for name in metrics):
+        raise ValueError(f"Name at least one metric of the text: {', '.join(STATIC_METRICS)}.")
+
+
 def estimate_offloaded(
     offloaded: OffloadedModel,
     batches: Iterable[Batch],
@@ -57,14 +73,10 @@ def estimate_offloaded(
     Raises:
         ValueError: a metric needs more than a block, an unknown kind or denominator, or no token at all.
     """
-    for name in metrics:
-        if name not in OFFLOADED_METRICS:
-            raise unknown_name("metric that looks at one block at a time", name, OFFLOADED_METRICS)
+    check_offloaded(metrics)
     check_kinds(kinds)
     anatomy = offloaded.anatomy
     static = [name for name in metrics if name in STATIC_METRICS]
-    if not static:
-        raise ValueError(f"Name at least one metric of the text: {', '.join(STATIC_METRICS)}.")
     baselines = [name for name in metrics if name in BASELINES]
     sites = anatomy.sites(tuple(kinds))
     if not sites:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from depthprune.anatomy import Anatomy
+from depthprune.evaluation.benchmark import Load, check_loads
 from depthprune.influence.ablation import ABLATION_METRICS, Sampling
 from depthprune.influence.attention import ATTENTION_METRICS
 from depthprune.influence.cca_bound import site_groups
@@ -218,6 +220,8 @@ def export(work: Work, shape: Shape, settings: Settings) -> None:
 
 def benchmark(work: Work, shape: Shape, settings: Settings) -> None:
     """Every load on both models, as often as is asked, once more, and once for the memory."""
+    pairs = product(settings["batch_sizes"], settings["prompt_tokens"])
+    check_loads(shape.model.config, (Load(*pair, settings["new_tokens"]) for pair in pairs))
     turns = 2 * (settings["repeats"] + 2)
     for batch_size in settings["batch_sizes"]:
         for prompt in settings["prompt_tokens"]:
