@@ -204,13 +204,11 @@ def _config_files(arguments: Sequence[str]) -> str:
 
 def _readable(message: str, arguments: Sequence[str]) -> str:
     """What the parser complains of, with what to do where its own words do not tell."""
-    message = message.rstrip(". ")
+    message = " ".join(message.split()).partition(" Subclass types expect one of")[0].rstrip(". ")
     if message.startswith(("Unexpected config", "Problems parsing config")):
         return f"{_config_files(arguments)} is not a YAML file with a value for each option ({message})"
     for name, example in (("text", "xsum"), ("task", "openbookqa")):
-        if ("Unable to load config" in message and name in message) or f'Parser key "{name}": - Expected' in " ".join(
-            message.split()
-        ):
+        if ("Unable to load config" in message and name in message) or f'Parser key "{name}": - Expected' in message:
             return f"{message}; a {name} is named by {name}.path, such as --{name}.path {example}"
     if "Sequence'>" in message or "<class 'list'>" in message:
         return f"{message}; a list is written [a, b]"

@@ -241,9 +241,17 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
-            f"{_shown(folder)} has room for {free / 1e9:.2f} GB, and {needed / 1e9:.2f} GB are to be written: free "
-            "some space or name another place."
+            f"{_shown(folder)} has room for {_size(free)}, and {_size(needed)} are to be written: free some space or "
+            "name another place."
         )
+
+
+def _size(count: int) -> str:
+    """Bytes as people say them."""
+    for size, unit in ((1e9, "GB"), (1e6, "MB")):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count / 1e3:.0f} kB"
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from typing import Any
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, and the next where it ends in a colon."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing, or is none of the names that are known"
     first, *rest = (str(error).strip() or repr(error)).splitlines()
     return f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first
 

@@ -234,5 +234,5 @@ def test_a_disk_without_room_is_refused_before_any_block(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     refused = refusal(*command(workshop, tmp_path / "out", "--offload", "true"))
-    assert "has room for 0.00 GB, and" in refused
+    assert "has room for 1 kB, and" in refused
     assert not list((tmp_path / "out").glob("progress*"))

@@ -145,7 +145,7 @@ def test_a_disk_without_room_is_refused(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     for more in ((), ("--format", "gguf", "--gguf_type", "q8_0")):
-        assert "has room for 0.00 GB" in refusal(*command(workshop, pruned, tmp_path / "one", *more))
+        assert "has room for 1 kB" in refusal(*command(workshop, pruned, tmp_path / "one", *more))
     assert not list(tmp_path.iterdir())
 
 

@@ -98,3 +98,11 @@ def test_what_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": "many"}')
     with pytest.raises(ValueError, match=r"config.json|shape|load"):
         open_shape(str(tmp_path))
+
+
+def test_a_config_with_an_unknown_activation(tmp_path: Path) -> None:
+    config = tiny_model().config
+    config.hidden_act = "foo"
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'foo' is missing, or is none of the names that are known"):
+        open_shape(str(tmp_path))

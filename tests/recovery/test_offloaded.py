@@ -114,7 +114,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             prune_offloaded(offloaded, PruningPlan.of("block.2", replacement="emulated_update"), [])
         prune_offloaded(offloaded, PruningPlan.of("block.2"), [])
         monkeypatch.setattr("depthprune.files.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-        with pytest.raises(ValueError, match=r"has room for 0\.00 GB"):
+        with pytest.raises(ValueError, match=r"has room for 1 kB"):
             save_offloaded(offloaded, None, tmp_path / "pruned")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

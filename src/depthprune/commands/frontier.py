@@ -34,6 +34,9 @@ from depthprune.sites import KINDS, check_kinds
 VERSION = 1
 KIND_SETS = {"blocks": ["block"], "attentions": ["attention"], "MLPs": ["mlp"], "hybrid": list(KINDS)}
 
+RECOVERIES: Any = {"none": {"replacement": "none"}, "refit": {"replacement": "refit"}}
+"""As a file has them, so that ``--print_config`` shows them; the parser makes rungs of them."""
+
 
 def frontier(
     model: str,
@@ -43,7 +46,7 @@ def frontier(
     domains: dict[str, TextSource] | None = None,
     tasks: Sequence[str] = (),
     kinds: dict[str, list[str]] = KIND_SETS,
-    recoveries: dict[str, Rung] = {"none": Rung(), "refit": Rung("refit")},  # noqa: B006, B008 -- not changed
+    recoveries: dict[str, Rung] = RECOVERIES,
     method: str = "greedy",
     standing: str | None = None,
     samples: int = 3,
