@@ -169,7 +169,8 @@ class OffloadedModel:
             for leaf, parameter in module._parameters.items():
                 if parameter is not None and "replacement" not in name.split("."):
                     module._parameters[leaf] = self._places.pop((module, leaf))
-                    self._free.append(parameter.data)
+                    if parameter.device.type == "cpu":
+                        self._free.append(parameter.data)
 
     def _read(self, place: int) -> Future[dict[str, Tensor]]:
         keys = [key for key in self._keys() if key.startswith(self._prefixes[place]) and ".replacement." not in key]

@@ -52,12 +52,16 @@ def make(folder: Path, blocks: int) -> None:
     )  # fmt: skip
     config.architectures = ["LlamaForCausalLM"]
     wide, narrow, middle = (32000, 4096), (4096,), (11008, 4096)
-    ends = {"model.embed_tokens.weight": wide, "lm_head.weight": wide, "model.norm.weight": narrow}
-    inside = {f"self_attn.{name}_proj.weight": (4096, 4096) for name in "qkvo"}
+    ends: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": wide,
+        "lm_head.weight": wide,
+        "model.norm.weight": narrow,
+    }
+    inside: dict[str, tuple[int, ...]] = {f"self_attn.{name}_proj.weight": (4096, 4096) for name in "qkvo"}
     inside |= {"mlp.gate_proj.weight": middle, "mlp.up_proj.weight": middle, "mlp.down_proj.weight": middle[::-1]}
     inside |= {"input_layernorm.weight": narrow, "post_attention_layernorm.weight": narrow}
     shards = [{f"model.layers.{place}.{name}": shape for name, shape in inside.items()} for place in range(blocks)]
-    generator, where = torch.Generator().manual_seed(0), {}
+    generator, where = torch.Generator().manual_seed(0), dict[str, str]()
     for number, shapes in enumerate([*shards, ends], 1):
         name = f"model-{number:05d}-of-{blocks + 1:05d}.safetensors"
         save_file(

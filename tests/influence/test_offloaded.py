@@ -178,3 +178,12 @@ def test_other_names_than_the_models_are_refused(family: str, tmp_path: Path) ->
     saved(tiny_model(family), tmp_path / "model")
     with pytest.raises(ValueError, match="hold it in another form"):
         OffloadedModel(str(tmp_path / "model"))
+
+
+def test_memory_of_a_device_is_not_kept(tmp_path: Path) -> None:
+    with OffloadedModel(str(saved(tiny_model(), tmp_path / "model"))) as offloaded:
+        offloaded.device = torch.device("meta")  # as a GPU is none of the CPU
+        for place in range(BLOCKS):
+            with offloaded.block(place):
+                pass
+        assert not offloaded._free

@@ -98,6 +98,49 @@ def test_search(method: str, workshop: Workshop, tmp_path: Path) -> None:
     assert 0.4 < predicted / counted < 2.5
 
 
+def predicted(*command: object) -> Work:
+    with shown() as works:
+        assert run(*command, "--dry-run", "1e12") == 0
+    return works[0]
+
+
+def test_streams_on_disk_are_not_in_memory(workshop: Workshop, tmp_path: Path) -> None:
+    prune = ("prune", "--sites", "[block.2]", "--replacement", "linear")
+    for command in (("influence",), prune):
+        arguments = [*command, *flags(workshop, tmp_path / "out"), "--sequences", 4, "--offload", "true"]
+        held, spilled = predicted(*arguments), predicted(*arguments, "--spill", tmp_path)
+        streams = (2 if command == prune else 1) * 4 * LENGTH * 32 * 4  # of width 32, fp32
+        program = "this program and its libraries"
+        assert held.most - held.memory[""][program] - (spilled.most - spilled.memory[""][program]) == streams
+        assert spilled.disk - held.disk == streams
+
+
+def test_an_export_block_by_block_takes_less(workshop: Workshop, tmp_path: Path) -> None:
+    start = ("export", "--model", workshop.model, "--output", tmp_path / "out", "--text.path", workshop.text)
+    half = predicted(*start, "--dtype", "bfloat16")
+    weights = half.disk
+    assert half.memory["the written one"] == {"weights": weights, "copies in fp32": 2 * weights}
+    config = json.loads((workshop.model / "config.json").read_text())
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text(
+        json.dumps(config | {"dtype": "bfloat16", "torch_dtype": "bfloat16"})
+    )
+    there = ("export", "--model", tmp_path / "half", "--output", tmp_path / "out", "--text.path", workshop.text)
+    in_turn = predicted(*there, "--offload", "true")
+    assert in_turn.disk == weights
+    assert in_turn.memory["the written one"]["weights"] == 0
+    assert 0 < in_turn.memory["the written one"]["copies in fp32"] < 2 * weights
+
+
+def test_carried_scores_and_shared_runs(workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scored = ("influence", *flags(workshop, tmp_path / "scores"), "--sequences", 2, "--kinds", "[block]")
+    assert run(*scored) == 0
+    start = ("prune", *flags(workshop, tmp_path / "out"), "--influence", tmp_path / "scores" / "influence.json")
+    more = ("--kinds", "[attention]", "--carry_blocks", "true", "--remove", 2)
+    assert predicted(*start, *more).disk > 0
+    capsys.readouterr()
+
+
 def test_every_command_that_runs_a_model_is_counted() -> None:
     from depthprune.cli import COMMANDS
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from depthprune.anatomy import Anatomy
@@ -90,6 +91,14 @@ def test_what_stands_in_a_site_counts(
     site = Site(2, "mlp")
     saved = (costs.sites[site]["params"] - numbers) / costs.unpruned["params"]
     assert costs.shares([site])["params"] == pytest.approx(1 - saved)
+
+
+def test_operations_are_counted_where_the_model_is() -> None:
+    standing = build_replacement("linear", WIDTH, {})  # on the CPU
+    costs = measure_costs(
+        nn.Module.to(tiny_model(), "meta"), Anatomy.of(tiny_model()).sites(), standing, LOAD, 1, ["flops"]
+    )
+    assert costs.standing == {"flops": 2 * WIDTH * WIDTH}
 
 
 def test_a_refit_takes_nothing() -> None:

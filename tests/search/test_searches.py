@@ -21,9 +21,9 @@ from depthprune.search.costs import Costs, measure_costs
 from depthprune.search.knapsack import cheapest, check_reachable
 from depthprune.search.losses import OutOfTime, VariantLosses
 from depthprune.search.problem import Problem
-from depthprune.search.registry import SEARCHES
+from depthprune.search.registry import SEARCHES, run_search
 from depthprune.search.space import NOTHING, Space
-from depthprune.search.standing import fitted_standing
+from depthprune.search.standing import fitted_standing, standing_of
 from depthprune.sites import KINDS, PruningPlan, Removal, Site
 from depthprune.variants import Absent
 from tests.tiny_models import BLOCKS, calibration, tiny_batch, tiny_model
@@ -216,6 +216,34 @@ def test_time_is_over(tmp_path: Path) -> None:
     with pytest.raises(OutOfTime):
         losses_in(tmp_path, seconds=1e-9)([NOTHING], "")
     assert json.loads((tmp_path / "losses.json").read_text())["nats"] == {}
+
+
+def test_what_was_found_of_one_kind_alone_stays_when_time_is_over(tmp_path: Path) -> None:
+    losses = losses_in(tmp_path)
+    run, measured = losses._run, 0
+
+    def counting(variants: Any, place: int) -> Any:
+        nonlocal measured
+        for each in run(variants, place):
+            measured += 1
+            if measured > 60:
+                raise OutOfTime
+            yield each
+
+    losses._run = counting  # type: ignore[method-assign]
+    told: list[Absent] = []
+    problem = Problem(space_of("params<=0.8"), losses, 1, lambda found: told.append(found.best or NOTHING))
+    with pytest.raises(OutOfTime):
+        run_search("evolution", problem)
+    assert problem.best is not None
+    assert {site.kind for site in problem.best} == {"block"}
+    assert told[-1] == problem.best
+
+
+@pytest.mark.parametrize("source", ["next_kept", "mean_later"])
+def test_what_depends_on_the_plan_cannot_stand_in_sites(source: str) -> None:
+    with pytest.raises(ValueError, match="depends on what else goes"):
+        standing_of(Removal((Site(0, "block"),), "emulated_update", {"source": source}), None)
 
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def influence(
             next_command = [
                 *("depthprune", "prune", "--model", model, "--influence", str(folder / "influence.json")),
                 *("--metric", metrics[0], "--kinds", f"[{kind}]", "--remove", str(few)),
-                *("--output", "checkpoints/pruned"),
+                *("--output", "checkpoints/pruned", *(("--offload", "true") if offload else ())),
             ]
             seconds, tokens = time.monotonic() - start, table.provenance["tokens"]
             rate = f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} a second"

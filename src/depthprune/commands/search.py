@@ -30,7 +30,7 @@ from depthprune.replacements.registry import build_replacement
 from depthprune.report.html import write_page
 from depthprune.report.search import console_table, search_figure, search_report
 from depthprune.search.budget import Budget
-from depthprune.search.costs import Costs, measure_costs
+from depthprune.search.costs import REPEATS, Costs, measure_costs
 from depthprune.search.finals import Final, hold_finals, need_finals
 from depthprune.search.knapsack import check_reachable
 from depthprune.search.losses import OutOfTime
@@ -44,7 +44,6 @@ VERSION = 1
 RESULTS = "search.json"
 MEMORY = "losses.json"
 COSTS = "costs.json"
-REPEATS = 7  # of measuring latency
 
 
 def search(

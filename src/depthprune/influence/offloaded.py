@@ -106,8 +106,8 @@ def estimate_offloaded(
             for name in baselines:
                 values = [BASELINES[name](anatomy, site, seed) for site in here]
                 found[f"{place}/{name}"] = torch.tensor(values, dtype=torch.float64)
-        found |= {f"{place}/influence/{name}": state for name, state in influence.sums.compute().items()}
-        found |= {f"{place}/means/sums": means.sums, f"{place}/means/tokens": means.tokens}
+        found |= {f"{place}/influence/{name}": state.cpu() for name, state in influence.sums.compute().items()}
+        found |= {f"{place}/means/sums": means.sums.cpu(), f"{place}/means/tokens": means.tokens.cpu()}
         if progress is not None:
             progress.save(place + 1, [batch.unpruned for batch in carried], found)
     about: dict[str, object] = {

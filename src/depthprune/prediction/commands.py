@@ -69,9 +69,10 @@ def influence(work: Work, shape: Shape, settings: Settings) -> None:
         work.hold({"the stream before every block": shape.blocks * batch_size * length * _stream(shape)})
     hold_model(work, shape, batch_size, length, share=_share(shape, settings))
     if offload:
+        streams = tokens * _stream(shape)
         work.memory[""]["weights"] = _offloaded(shape)
-        work.hold({"streams of all batches": tokens * _stream(shape)})
-        work.disk = 2 * tokens * _stream(shape)
+        work.hold({"streams of all batches": 0.0 if settings["spill"] else streams})
+        work.disk = (3 if settings["spill"] else 2) * streams
     if task is not None:
         work.left_out.append("Questions are counted as long as sequence_length lets them be; they are shorter.")
 
@@ -100,8 +101,12 @@ def _share(shape: Shape, settings: Settings) -> float:
 
 def _offloaded(shape: Shape) -> float:
     """The block that runs, the one that is read meanwhile, and what stands outside blocks."""
-    inside = shape.blocks * shape.block_bytes
-    return 2 * shape.block_bytes + max(0.0, shape.weight_bytes - inside)
+    return 2 * shape.block_bytes + _outside(shape)
+
+
+def _outside(shape: Shape) -> float:
+    """Bytes of the weights outside blocks."""
+    return max(0.0, shape.weight_bytes - shape.blocks * shape.block_bytes)
 
 
 def prune(work: Work, shape: Shape, settings: Settings) -> None:
@@ -119,26 +124,33 @@ def prune(work: Work, shape: Shape, settings: Settings) -> None:
         if plan is not None:
             options = next(removal.options for removal in plan.removals if removal.replacement == name)
         fitted_parts(work, shape, plan, Rung(name, options, fitting=settings["fitting"]), sequences, length, tune=0.0)
-    if settings["offload"]:
-        work.hold({"streams of all batches": sequences * length * _stream(shape)})
     gone = 0
     if plan is not None:
         modules = [module for site in plan.sites for module in Anatomy.of(shape.model).chain(site)]
         gone = sum(weight.numel() for module in modules for weight in module.parameters())
     work.disk = (shape.parameters - gone) * shape.dtype.itemsize
+    if settings["offload"] and names - {"none"}:
+        both = 2 if "closed form" in work.memory else 1  # streams of the unpruned and of the pruned model
+        streams = both * sequences * length * _stream(shape)
+        work.hold({"streams of all batches": streams}, "closed form")
+        work.memory["closed form"].pop("streams of both models", None)
+        if settings["spill"]:
+            work.memory["closed form"]["streams of all batches"] = 0.0
+            work.disk += streams
+        work.disk += 2 * streams  # what is saved after a block; the file before stays until the new one is whole
 
 
 def _plan_of_prune(work: Work, shape: Shape, settings: Settings) -> PruningPlan | None:
     name, options = settings["replacement"] or "none", settings["options"] or {}
     if settings["sites"]:
-        return checked_plan(shape, PruningPlan.of(*settings["sites"], replacement=name, **options))
+        plan = PruningPlan.of(*settings["sites"], replacement=name, **options)
+        return checked_plan(shape, plan.with_shared_runs() if settings["share_runs"] else plan)
     table = settings["influence"]
     if table and Path(table).is_file() and settings["remove"]:
-        kinds = settings["kinds"] or ("block",)
-        plan = InfluenceTable.load(table).plan(
-            settings["metric"] or "cosine", kinds, settings["remove"], name, **options
-        )
-        return checked_plan(shape, plan)
+        kinds, scores = settings["kinds"] or ("block",), InfluenceTable.load(table)
+        scores = scores.carried_to(kinds[0]) if settings["carry_blocks"] else scores
+        plan = scores.plan(settings["metric"] or "cosine", kinds, settings["remove"], name, **options)
+        return checked_plan(shape, plan.with_shared_runs() if settings["share_runs"] else plan)
     found = open_plan(shape, settings["plan"])
     if found is None:
         work.left_out.append(NO_PLAN)
@@ -209,12 +221,17 @@ def _is_sharded(trainer: Settings) -> bool:
 
 
 def export(work: Work, shape: Shape, settings: Settings) -> None:
-    """The model is written, opened again, and both are run."""
-    sequences, length = settings["sequences"], settings["sequence_length"]
+    """The model is written and run in fp32; then the written one is, in a process of its own."""
+    sequences, length, offload = settings["sequences"], settings["sequence_length"], settings["offload"]
     read(work, shape, "the model in memory and the written one", 2 * sequences, length)
     write(work, shape, "text of both", 2 * sequences, length, 16, sequences)
     hold_model(work, shape, sequences, length)
-    work.hold({"the model that is compared": shape.weight_bytes})
+    in_memory = 0.0 if offload else shape.weight_bytes
+    work.memory[""]["weights"] = in_memory
+    wide = 4 / shape.dtype.itemsize if shape.dtype.itemsize < 4 else 0
+    copies = {"copies in fp32": wide * (_outside(shape) + shape.block_bytes if offload else shape.weight_bytes)}
+    work.hold(copies, "the model")
+    work.hold({"weights": in_memory, **copies}, "the written one")
     work.disk = shape.weight_bytes
 
 

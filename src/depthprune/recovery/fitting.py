@@ -130,6 +130,10 @@ def fit_maps(
         texts = carry(model, batches, spill), carry(model, held_out, spill)
         path, start = list(segments(anatomy, plan)), 0
         if progress is not None:
+            maps = [slot.replacement for slot in slots.values() if slot.replacement is not None]
+            parameters = [weight for replacement in maps for weight in replacement.parameters()]
+            carried = [batch.unpruned for batch in chain(*texts)]
+            progress.check_space(2 * carried, sum(weight.nbytes for weight in parameters))
             start = restored(progress, list(chain(*texts)), slots)
             gone = {anatomy.kept_blocks[segment.places[0]] for segment in path[:start]}
             waiting = [item for item in waiting if _site(item).index not in gone]

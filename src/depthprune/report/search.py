@@ -60,8 +60,9 @@ def _in_words(replacement: str) -> str:
 
 
 def _rows(content: Mapping[str, Any]) -> list[list[str]]:
+    limits = {name: f"{limit:g}" for name, limit in content["limits"].items()}
     return [
-        [f"{name} ({RESOURCES[name]})", f"{share:.3f}", f"{limit:g}" if (limit := content["limits"].get(name)) else "–"]
+        [f"{name} ({RESOURCES[name]})", f"{share:.3f}", limits.get(name, "–")]
         for name, share in content["shares"].items()
     ]
 

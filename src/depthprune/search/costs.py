@@ -21,6 +21,7 @@ from depthprune.search.budget import RESOURCES
 from depthprune.search.latency import site_seconds, standing_seconds
 from depthprune.sites import Site
 
+REPEATS = 7  # of measuring latency
 Amounts = Mapping[str, float]
 """By resource."""
 
@@ -136,7 +137,7 @@ def _cached(model: PreTrainedModel) -> list[float]:
 
 def _standing_flops(model: PreTrainedModel, replacement: nn.Module) -> float:
     read = torch.zeros(1, 1, Anatomy.of(model).hidden_size, dtype=model.dtype, device=input_device(model))
-    frozen = copy.deepcopy(replacement).requires_grad_(False)  # the counter follows gradients
+    frozen = copy.deepcopy(replacement).to(read.device).requires_grad_(False)  # the counter follows gradients
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         frozen(read)
     return float(counter.get_total_flops())

@@ -21,7 +21,7 @@ from depthprune.names import slug
 from depthprune.recovery.ladder import Rung, climbed
 from depthprune.replacements.registry import build_replacement
 from depthprune.search.budget import Budget
-from depthprune.search.costs import Costs, measure_costs
+from depthprune.search.costs import REPEATS, Costs, measure_costs
 from depthprune.search.finals import hold_finals, need_finals
 from depthprune.search.knapsack import check_reachable
 from depthprune.search.losses import VariantLosses, Watch
@@ -182,8 +182,11 @@ class Frontier:
             load = Load(**self.config["load_of_latency"])
             limited = {name for budget in self.config["budgets"] for name in Budget.parse(budget).limits}
             resources = ["params", "kv", "flops", *(["latency"] if "latency" in limited else [])]
-            sites = Anatomy.of(self.model).sites(KINDS)
-            self._costs[key] = measure_costs(self.model, sites, counted, load, 7, resources)
+            if key not in (kept := self.content.setdefault("costs", {})):  # latency is measured a little differently
+                sites = Anatomy.of(self.model).sites(KINDS)
+                kept[key] = measure_costs(self.model, sites, counted, load, REPEATS, resources).to_dict()
+                self.save()
+            self._costs[key] = Costs.from_dict(kept[key])
         return self._costs[key]
 
     def _losses_of(self, sample: int, meanwhile: Removal, data: TextDataModule) -> VariantLosses:

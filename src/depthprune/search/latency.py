@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,13 +70,14 @@ def standing_seconds(model: PreTrainedModel, replacement: Replacement, load: Loa
     device, dtype = input_device(model), model.dtype
     width = Anatomy.of(model).hidden_size
     read = torch.zeros(load.batch_size, load.prompt_tokens, width, dtype=dtype, device=device)
+    here = copy.deepcopy(replacement).to(device)
     found = []
     with evaluating(model):
         for turn in range(repeats + 1):
             start = now(device)
-            replacement(read)
+            here(read)
             for _ in range(load.new_tokens):
-                replacement(read[:, :1])
+                here(read[:, :1])
             if turn:
                 found.append(now(device) - start)
     return statistics.median(found)

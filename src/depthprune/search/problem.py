@@ -24,6 +24,7 @@ class Problem:
         best_loss: its loss, nats per token.
         measured: the losses of all plans within the budget that were measured on all batches.
         history: of each new best plan, its loss and how many passes it took.
+        within: the search of which this is a part, which learns of all plans.
     """
 
     space: Space
@@ -34,6 +35,7 @@ class Problem:
     best_loss: float = float("inf")
     measured: dict[Absent, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    within: Problem | None = None
 
     @property
     def few(self) -> int:
@@ -43,7 +45,7 @@ class Problem:
     def of_kind(self, kind: str) -> Problem:
         """The same search among the plans that remove sites of one kind."""
         sites = [site for site in self.space.sites if site.kind == kind]
-        return Problem(replace(self.space, sites=sites), self.losses, self.seed)
+        return Problem(replace(self.space, sites=sites), self.losses, self.seed, within=self)
 
     def measure(self, plans: Sequence[Absent], label: str, batches: int | None = None) -> dict[Absent, float]:
         """Losses of plans; those over all batches may become the best one.
@@ -56,14 +58,20 @@ class Problem:
         losses = self.losses(plans, label, batches)
         if batches is None:
             for plan, loss in losses.items():
-                if not plan or not self.space.allows(plan):
-                    continue
-                self.measured[plan] = loss
-                if loss < self.best_loss:
-                    self.best, self.best_loss = plan, loss
-                    self.history.append({"passes": self.losses.asked, "loss": loss})
-                    self.found(self)
+                self._learn(plan, loss)
         return losses
+
+    def _learn(self, plan: Absent, loss: float) -> None:
+        """Remember what a plan costs on all batches, if it is within the budget."""
+        if not plan or not self.space.allows(plan):
+            return
+        self.measured[plan] = loss
+        if loss < self.best_loss:
+            self.best, self.best_loss = plan, loss
+            self.history.append({"passes": self.losses.asked, "loss": loss})
+            self.found(self)
+        if self.within is not None:
+            self.within._learn(plan, loss)
 
     def prices(self) -> dict[Absent, float]:
         """By how much the loss rises for each choice at a block alone, on a few batches; of two halves, their sum."""

@@ -10,7 +10,6 @@ from depthprune.search.evolution import evolve
 from depthprune.search.greedy import by_influence, greedily
 from depthprune.search.knapsack import cheapest, is_reachable
 from depthprune.search.problem import Problem
-from depthprune.sites import PLURALS
 
 
 def by_knapsack(problem: Problem) -> None:
@@ -44,7 +43,6 @@ def run_search(method: str, problem: Problem) -> None:
         alone = problem.of_kind(kind)
         if is_reachable(alone.space):
             SEARCHES[method](alone)
-            problem.measure([*alone.measured], f"Plans without {PLURALS[kind]}")
     SEARCHES[method](problem)
 
 

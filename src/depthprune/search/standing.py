@@ -105,6 +105,11 @@ def standing_of(removal: Removal, standing: str | None) -> Removal:
     Raises:
         ValueError: it is none that is fitted for each site by itself.
     """
+    if (source := removal.options.get("source")) in ("next_kept", "mean_later"):
+        raise ValueError(
+            f"With source {source} what stands in a site depends on what else goes: search with another source, and "
+            "give the plan that one afterwards."
+        )
     if standing is None:
         return removal if removal.replacement in IN_SITES else replace(removal, replacement="linear", options={})
     if standing not in IN_SITES:
