@@ -18,6 +18,7 @@ from depthprune.evaluation.domains import Interval
 
 WIDTH = 8.0  # inches
 RESOLUTION = 150  # dots per inch
+ONE_LINE = 50  # characters of labels that stand beside each other in a legend
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#8C8C8C"
 
@@ -48,7 +49,9 @@ def legend(figure: Figure, panels: Iterable[Axes]) -> None:
     """One legend above all panels, each label once."""
     found = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in panels]
     handles = {plain(label): handle for pairs in found for handle, label in pairs}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, fontsize=9.5, frameon=False)
+    columns = len(handles) if sum(map(len, handles)) <= ONE_LINE else 3
+    place = "outside upper center"
+    figure.legend(handles.values(), handles.keys(), loc=place, ncols=columns, fontsize=9.5, frameon=False)
 
 
 def errors(gaps: Sequence[Interval]) -> list[list[float]]:

@@ -198,7 +198,7 @@ def _scores(results: _Results) -> list[list[str]]:
     for budget, recovery, kinds in _combinations(results):
         if results.is_reached(kinds, budget, recovery):
             gaps = [results.score(kinds, budget, recovery, task) for task in results.tasks]
-            cells = [f"{gap.value:+.1f} [{gap.low:.1f}, {gap.high:.1f}]" for gap in gaps]
+            cells = [f"{round(gap.value, 1) + 0.0:+.1f} [{gap.low:.1f}, {gap.high:.1f}]" for gap in gaps]  # no -0.0
             rows.append([escaped(budget), escaped(recovery), escaped(kinds), *cells])
     return rows
 
