@@ -148,7 +148,6 @@ def run(arguments: Sequence[str]) -> None:
         arguments: the command line, the subcommand first.
     """
     for message in (
-        "LightningCLI's args parameter",  # they are the command line's
         r"\.fit\(ckpt_path=\"last\"\) is set, but there is no last checkpoint",  # the first run
         "Checkpoint directory .* exists and is not empty",  # the run before, or our lock
     ):
@@ -157,6 +156,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _open(cli: type[RecoveryCLI], arguments: Sequence[str]) -> RecoveryCLI:
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # they are the command line's
     return cli(
         RecoveryModule,
         TextDataModule,
