@@ -50,8 +50,9 @@ def legend(figure: Figure, panels: Iterable[Axes]) -> None:
     found = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in panels]
     handles = {plain(label): handle for pairs in found for handle, label in pairs}
     columns = len(handles) if sum(map(len, handles)) <= ONE_LINE else 3
-    place = "outside upper center"
-    figure.legend(handles.values(), handles.keys(), loc=place, ncols=columns, fontsize=9.5, frameon=False)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside upper center", ncols=columns, fontsize=9.5, frameon=False
+    )
 
 
 def errors(gaps: Sequence[Interval]) -> list[list[float]]:
