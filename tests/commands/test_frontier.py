@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,21 @@ def test_a_killed_run_goes_on(workshop: Workshop, tmp_path: Path, capsys: pytest
         assert {name: again.get(name) for name in ("sites", "losses", "unreachable")} == {
             name: point.get(name) for name in ("sites", "losses", "unreachable")
         }
+
+
+def test_costs_are_not_measured_again(workshop: Workshop, made: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(made, tmp_path / "out")
+    content = results(folder)
+    for key in [key for key in content["measured"] if "unpruned" not in key]:
+        del content["measured"][key]
+    (folder / "frontier.json").write_text(json.dumps(content | {"plans": {}}))
+    with patch("depthprune.search.frontier.measure_costs", side_effect=AssertionError("measured again")):
+        assert (
+            run(*command(workshop, folder, "--tasks", json.dumps(content["config"]["tasks"]), "--test_questions", 12))
+            == 0
+        )
+    assert results(folder)["costs"] == content["costs"]
+    assert results(folder)["measured"].keys() == results(made)["measured"].keys()
 
 
 @pytest.mark.parametrize(

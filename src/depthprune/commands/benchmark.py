@@ -6,7 +6,6 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import product
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 
 from depthprune.configuration import as_data
 from depthprune.devices import start_fabric
-from depthprune.evaluation.benchmark import Load, check_loads, measure
+from depthprune.evaluation.benchmark import check_loads, loads_of, measure
 from depthprune.evaluation.cost import parameters_in_use
 from depthprune.figures import write_figure
 from depthprune.files import make_folder, write_json
@@ -63,7 +62,7 @@ def benchmark(
     """
     config = as_data(dict(locals()))
     check(config)
-    loads = _loads(config)
+    loads = loads_of(batch_sizes, prompt_tokens, new_tokens)
     folder = None if output is None else make_folder(output)
     device = start_fabric(accelerator).device
     models = {}
@@ -120,13 +119,8 @@ def check(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"repeats is {settings['repeats']}: set it to 1 to {MOST_REPEATS}.")
     if not settings["batch_sizes"] or not settings["prompt_tokens"]:
         raise ValueError("batch_sizes and prompt_tokens need a number each.")
-    _loads(settings)
+    loads_of(settings["batch_sizes"], settings["prompt_tokens"], settings["new_tokens"])
     parse_dtype(settings["dtype"])
-
-
-def _loads(settings: Mapping[str, Any]) -> list[Load]:
-    pairs = product(settings["batch_sizes"], settings["prompt_tokens"])
-    return [Load(*pair, settings["new_tokens"]) for pair in pairs]
 
 
 def _opened(name: str, dtype: str, attn_implementation: str | None, trust_remote_code: bool) -> PreTrainedModel:

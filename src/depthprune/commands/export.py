@@ -14,7 +14,7 @@ from depthprune.export.folder import export as export_model
 from depthprune.export.formats import Settings, check_settings
 from depthprune.export.texts import padded_texts
 from depthprune.files import check_new_folder, read_json
-from depthprune.loading import load, parse_dtype
+from depthprune.loading import load
 
 
 def export(
@@ -114,6 +114,5 @@ def check(settings: Mapping[str, Any]) -> None:
     for name in ("sequences", "sequence_length"):
         if settings[name] < 1:
             raise ValueError(f"{name} is {settings[name]}: set it to 1 or more.")
-    parse_dtype(settings["dtype"])
     if settings["offload"] and settings["dtype"] != "auto":
         raise ValueError("With offload the weights are those in the files, in their own dtype: leave dtype out.")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -217,30 +216,24 @@ def _prune_in_files(
     }
     room = None if spill is None else make_folder(spill)
     place = make_folder(_progress_of(output))
-    with only_writer(place), _kept_if(place, "constants.*"):
-        progress = BlockProgress(place / "constants.safetensors", settings, room)
-        if done := max(progress.done, progress.part("maps").done):
-            print(f"Going on from {done} blocks that a run before had done.", flush=True)
-        with offloaded:
-            watch = partial(tracked, label="Blocks")
-            prune_offloaded(offloaded, plan, list(text or ()), fitting, watch, progress, room)
-        save_offloaded(offloaded, tokenizer, output, max_shard_size, lambda files: tracked(files, "Writing"))
-        progress.remove()
+    with only_writer(place):
+        try:
+            progress = BlockProgress(place / "constants.safetensors", settings, room)
+            if done := max(progress.done, progress.part("maps").done):
+                print(f"Going on from {done} blocks that a run before had done.", flush=True)
+            with offloaded:
+                watch = partial(tracked, label="Blocks")
+                prune_offloaded(offloaded, plan, list(text or ()), fitting, watch, progress, room)
+            save_offloaded(offloaded, tokenizer, output, max_shard_size, lambda files: tracked(files, "Writing"))
+            progress.remove()
+        finally:
+            if not any(place.glob("constants.*")):  # nothing to go on from
+                shutil.rmtree(place, ignore_errors=True)
 
 
 def _progress_of(output: Path) -> Path:
     """Where a pruning block by block keeps what it has found so far."""
     return output.parent / f".{output.name}.progress"
-
-
-@contextmanager
-def _kept_if(folder: Path, pattern: str) -> Iterator[None]:
-    """Remove a folder behind the block, also when it fails, unless files in it match."""
-    try:
-        yield
-    finally:
-        if not any(folder.glob(pattern)):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 FLAGS: dict[str, tuple[str, ...]] = {

@@ -6,6 +6,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -38,6 +39,20 @@ class Load:
         for name in ("batch_size", "prompt_tokens", "new_tokens"):
             if not 1 <= getattr(self, name) <= MOST:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 to {MOST}.")
+
+
+def loads_of(batch_sizes: Iterable[int], prompt_tokens: Iterable[int], new_tokens: int) -> list[Load]:
+    """Every batch size with every length of the prompt.
+
+    Args:
+        batch_sizes: sequences at once.
+        prompt_tokens: tokens of each prompt.
+        new_tokens: tokens that are written behind the first one.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    return [Load(*pair, new_tokens) for pair in product(batch_sizes, prompt_tokens)]
 
 
 def check_loads(config: PreTrainedConfig, loads: Iterable[Load]) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 from depthprune.anatomy import Anatomy
-from depthprune.evaluation.benchmark import Load, check_loads
+from depthprune.evaluation.benchmark import check_loads, loads_of
 from depthprune.influence.ablation import ABLATION_METRICS, Sampling
 from depthprune.influence.attention import ATTENTION_METRICS
 from depthprune.influence.cca_bound import site_groups
@@ -143,14 +142,13 @@ def prune(work: Work, shape: Shape, settings: Settings) -> None:
 def _plan_of_prune(work: Work, shape: Shape, settings: Settings) -> PruningPlan | None:
     name, options = settings["replacement"] or "none", settings["options"] or {}
     if settings["sites"]:
-        plan = PruningPlan.of(*settings["sites"], replacement=name, **options)
-        return checked_plan(shape, plan.with_shared_runs() if settings["share_runs"] else plan)
+        return checked_plan(shape, PruningPlan.of(*settings["sites"], replacement=name, **options))
     table = settings["influence"]
     if table and Path(table).is_file() and settings["remove"]:
         kinds, scores = settings["kinds"] or ("block",), InfluenceTable.load(table)
         scores = scores.carried_to(kinds[0]) if settings["carry_blocks"] else scores
         plan = scores.plan(settings["metric"] or "cosine", kinds, settings["remove"], name, **options)
-        return checked_plan(shape, plan.with_shared_runs() if settings["share_runs"] else plan)
+        return checked_plan(shape, plan)
     found = open_plan(shape, settings["plan"])
     if found is None:
         work.left_out.append(NO_PLAN)
@@ -237,17 +235,14 @@ def export(work: Work, shape: Shape, settings: Settings) -> None:
 
 def benchmark(work: Work, shape: Shape, settings: Settings) -> None:
     """Every load on both models, as often as is asked, once more, and once for the memory."""
-    pairs = product(settings["batch_sizes"], settings["prompt_tokens"])
-    check_loads(shape.model.config, (Load(*pair, settings["new_tokens"]) for pair in pairs))
+    loads = loads_of(settings["batch_sizes"], settings["prompt_tokens"], settings["new_tokens"])
+    check_loads(shape.model.config, loads)
     turns = 2 * (settings["repeats"] + 2)
-    for batch_size in settings["batch_sizes"]:
-        for prompt in settings["prompt_tokens"]:
-            read(work, shape, f"prompts of {batch_size} times {prompt} tokens", turns * batch_size, prompt, head=False)
-            write(
-                work, shape, f"text behind {batch_size} times {prompt} tokens", turns * batch_size, 0,
-                settings["new_tokens"], batch_size,
-            )  # fmt: skip
-            hold_model(work, shape, batch_size, prompt)
+    for load in loads:
+        sequences, what = turns * load.batch_size, f"{load.batch_size} times {load.prompt_tokens} tokens"
+        read(work, shape, f"prompts of {what}", sequences, load.prompt_tokens, head=False)
+        write(work, shape, f"text behind {what}", sequences, 0, load.new_tokens, load.batch_size)
+        hold_model(work, shape, load.batch_size, load.prompt_tokens)
     work.hold({"the model beside it": shape.weight_bytes})
 
 

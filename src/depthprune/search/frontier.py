@@ -78,7 +78,6 @@ class Frontier:
     recoveries: Mapping[str, Rung]
     tasks: Mapping[str, AnswerBatches]
     watch: Watch = lambda items, _, __: iter(items)
-    _costs: dict[str, Costs] = field(default_factory=dict)
     _losses: dict[tuple[int, str], VariantLosses] = field(default_factory=dict)
 
     @property
@@ -133,7 +132,7 @@ class Frontier:
         answers: dict[str, Any] = {}
         for task, batches in self.tasks.items():
             given = answers_from(batches, document_loss(self.model, batches, batches.document_count).nats)
-            answers[task] = {"right": given.right.tolist(), "likelihood": given.likelihood.tolist()}
+            answers[task] = {"right": given.right.tolist()}
         return {"losses": {domain: loss.to_dict() for domain, loss in losses.items()}, "answers": answers}
 
     def _plan(self, point: Point, rung: Rung, data: TextDataModule) -> dict[str, Any]:
@@ -177,17 +176,16 @@ class Frontier:
         return dict(self.content["plans"][key])
 
     def _costs_of(self, counted: Any) -> Costs:
-        key = repr(counted)
-        if key not in self._costs:
+        """The cost table: that of a run before, as latency is measured a little differently each time."""
+        key, tables = repr(counted), self.content.setdefault("costs", {})
+        if key not in tables:
             load = Load(**self.config["load_of_latency"])
             limited = {name for budget in self.config["budgets"] for name in Budget.parse(budget).limits}
             resources = ["params", "kv", "flops", *(["latency"] if "latency" in limited else [])]
-            if key not in (kept := self.content.setdefault("costs", {})):  # latency is measured a little differently
-                sites = Anatomy.of(self.model).sites(KINDS)
-                kept[key] = measure_costs(self.model, sites, counted, load, REPEATS, resources).to_dict()
-                self.save()
-            self._costs[key] = Costs.from_dict(kept[key])
-        return self._costs[key]
+            sites = Anatomy.of(self.model).sites(KINDS)
+            tables[key] = measure_costs(self.model, sites, counted, load, REPEATS, resources).to_dict()
+            self.save()
+        return Costs.from_dict(tables[key])
 
     def _losses_of(self, sample: int, meanwhile: Removal, data: TextDataModule) -> VariantLosses:
         name = slug(f"{sample} {meanwhile.replacement} {meanwhile.options or ''}")
