@@ -117,7 +117,8 @@ def test_streams_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert list((tmp_path / "disk").iterdir()) == []
 
 
-@pytest.mark.parametrize(("after", "on_disk"), [(1, False), (3, True), (BLOCKS, False)])
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("after", range(1, BLOCKS + 1))
 def test_a_killed_run_goes_on(after: int, on_disk: bool, tmp_path: Path) -> None:
     folder = str(saved(tiny_model(), tmp_path / "model"))
     spill = tmp_path if on_disk else None
